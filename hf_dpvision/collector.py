@@ -1,0 +1,166 @@
+"""What happens to per-example gradients between the backward pass and the update: norms first, weighted sums later.
+
+A parameter that enters one use as it is (or merely re-arranged) has its norm taken as soon as the backward pass
+delivers it. Parameters that are used several times, tied, or computed from others are settled together afterwards:
+one example's gradient is the sum over all uses, pulled back to the parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from .capture import Slot, Uses
+from .rules.affine import Affine
+from .rules.cost import Choice, NormRule, choose
+from .rules.gradients import Instantiated, PerExampleGradient, wide
+
+
+def clusters(slots: Iterable[Slot]) -> list[list[Slot]]:
+    """Slots grouped so that two groups have no parameter in common; order of first use."""
+    group_of: dict[str, list[Slot]] = {}
+    for slot in slots:
+        met = {id(group): group for name in slot.theta.sources if (group := group_of.get(name)) is not None}
+        merged = [*(member for group in met.values() for member in group), slot]
+        for name in {name for member in merged for name in member.theta.sources}:
+            group_of[name] = merged
+    return list({id(group): group for group in group_of.values()}.values())
+
+
+class Collector:
+    """Receives the per-example gradients of one backward pass.
+
+    Args:
+        uses: what the forward pass recorded.
+        norm_rule: ghost, instantiate, or a rule to choose per use.
+        backward_passes: with 1 the gradients are held for `weighted_sums`; with 2 only norms leave this object.
+    """
+
+    def __init__(self, uses: Uses, norm_rule: NormRule, backward_passes: int) -> None:
+        self._uses, self._norm_rule, self._passes = uses, norm_rule, backward_passes
+        self._joint: list[list[Slot]] = []
+        self._alone: set[Slot] = set()
+        for members in clusters(uses.slots):
+            if len(members) == 1 and members[0].theta.isometric:
+                self._alone.add(members[0])
+            else:
+                self._joint.append(members)
+        first = next(iter(uses.parameters.values()))
+        self._squared = torch.zeros(uses.n, dtype=wide(first.dtype), device=first.device)
+        self._held: dict[Slot, PerExampleGradient] = {}
+
+    def receive(self, slot: Slot, gradient: PerExampleGradient) -> None:
+        """Take one use's gradients during the backward pass."""
+        if slot not in self._alone:
+            self._held[slot] = gradient
+            return
+        choice = choose(self._norm_rule, slot.shape, self._passes)
+        if choice is Choice.KEEP:
+            gradient = Instantiated(gradient.instantiate())
+        self._squared += gradient.ghost_squared_norms() if choice is Choice.GHOST else gradient.squared_norms()
+        if self._passes == 1:
+            self._held[slot] = gradient
+
+    def squared_norms(self) -> Tensor:
+        """Squared norms `[n]` over all trainable parameters; call once, after the backward pass."""
+        for members in self._joint:
+            delivered = [slot for slot in members if slot in self._held]
+            if delivered:
+                self._squared += self._joint_squared_norms(delivered)
+            if self._passes == 2:
+                for slot in delivered:
+                    del self._held[slot]
+        return self._squared
+
+    def _joint_squared_norms(self, members: list[Slot]) -> Tensor:
+        gradients = [self._held[slot] for slot in members]
+        theta = members[0].theta
+        if theta.isometric and all(slot.theta.tensor is theta.tensor for slot in members):
+            if all(isinstance(gradient, Affine) for gradient in gradients):
+                return self._affine_squared_norms(members, gradients)
+            return sum(gradient.instantiate() for gradient in gradients).flatten(1).square().sum(1)
+        per_parameter: dict[str, Tensor] = {}
+        for slot, gradient in zip(members, gradients, strict=True):
+            for name, pulled in self._pull_back(slot, gradient).items():
+                per_parameter[name] = per_parameter[name] + pulled if name in per_parameter else pulled
+        return sum(pulled.flatten(1).square().sum(1) for pulled in per_parameter.values())
+
+    def _affine_squared_norms(self, members: list[Slot], gradients: list[Affine]) -> Tensor:
+        joined = Affine.joined(gradients)
+        shape = members[0].shape
+        positions = sum(slot.shape.positions for slot in members)
+        choice = choose(self._norm_rule, type(shape)(positions, shape.inputs, shape.outputs, shape.groups), 2)
+        return joined.ghost_squared_norms() if choice is Choice.GHOST else joined.squared_norms()
+
+    def _pull_back(self, slot: Slot, gradient: PerExampleGradient) -> dict[str, Tensor]:
+        """Per-example gradients `[n, *shape]` of the parameters behind one slot's tensor."""
+        names = sorted(slot.theta.sources)
+        instantiated = gradient.instantiate().to(slot.theta.tensor.dtype)
+        if slot.theta.tensor.is_leaf:
+            return {names[0]: instantiated}
+        found = torch.autograd.grad(
+            slot.theta.tensor,
+            [self._uses.parameters[name] for name in names],
+            instantiated.view(self._uses.n, *slot.theta.tensor.shape),
+            retain_graph=True,
+            allow_unused=True,
+            is_grads_batched=True,
+        )
+        return {name: grad for name, grad in zip(names, found, strict=True) if grad is not None}
+
+    def weighted_sums(self, factors: Tensor) -> dict[str, Tensor]:
+        """`sum_n factors[n] * gradient[n]` for every trainable parameter; releases what is held.
+
+        An example whose norm is not finite has factor 0, and its entries are removed beforehand (0 * NaN is NaN).
+        """
+        summer = Summer(self._uses, factors, torch.isfinite(self._squared))
+        for slot in list(self._held):
+            summer.receive(slot, self._held.pop(slot))
+        return summer.sums()
+
+
+class Summer:
+    """Forms weighted sums of per-example gradients and takes them back to the parameters.
+
+    Args:
+        uses: what the forward pass recorded.
+        factors: `[n]`, or None where the loss was weighted already (second backward pass).
+        finite: `[n]`, false for examples that must contribute exactly nothing.
+    """
+
+    def __init__(self, uses: Uses, factors: Tensor | None, finite: Tensor) -> None:
+        self._uses, self._factors, self._finite = uses, factors, finite
+        self._all_finite = bool(finite.all())
+        self._per_tensor: dict[Tensor, Tensor] = {}
+
+    def receive(self, slot: Slot, gradient: PerExampleGradient) -> None:
+        """Add one use's share."""
+        if not self._all_finite:
+            gradient = gradient.kept(self._finite)
+        share = gradient.weighted_sum(self._factors).view(slot.theta.tensor.shape)
+        before = self._per_tensor.get(slot.theta.tensor)
+        self._per_tensor[slot.theta.tensor] = share if before is None else before + share
+
+    def sums(self) -> dict[str, Tensor]:
+        """The sums by qualified parameter name, zeros for parameters without use; float32 or better."""
+        parameters = self._uses.parameters
+        sums = zeros(parameters)
+        derived = {tensor: share for tensor, share in self._per_tensor.items() if not tensor.is_leaf}
+        names = {parameter: name for name, parameter in parameters.items()}
+        for tensor, share in self._per_tensor.items():
+            if tensor.is_leaf:
+                sums[names[tensor]] += share
+        if derived:
+            shares = [share.to(tensor.dtype) for tensor, share in derived.items()]
+            found = torch.autograd.grad(list(derived), list(parameters.values()), shares, allow_unused=True)
+            for name, grad in zip(parameters, found, strict=True):
+                if grad is not None:
+                    sums[name] += grad
+        return sums
+
+
+def zeros(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A sum over no example: zeros for every parameter, float32 or better."""
+    return {name: torch.zeros_like(p, dtype=wide(p.dtype), requires_grad=False) for name, p in parameters.items()}

@@ -1,0 +1,158 @@
+"""The algorithm on one screen: capture, norms, factors, clipped sum.
+
+Abadi et al. 2016, arXiv:1607.00133, Algorithm 1, with norms by mixed ghost clipping (Bu, Mao, Xu 2022,
+arXiv:2205.10683) and, by default, one backward pass (book-keeping: Bu et al. 2022, arXiv:2210.00038).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .capture import capture
+from .clipping import Clipping
+from .collector import Collector, Summer, zeros
+from .errors import ArgumentRefused, DataRefused
+from .rules import rule_for
+from .rules.cost import NormRule
+
+
+Batch = Mapping[str, Any] | Sequence[Any]
+PerExampleLoss = Callable[[nn.Module, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class ClippedGradient:
+    """What one batch contributes to a private step.
+
+    Attributes:
+        gradients: qualified parameter name -> sum over examples of the clipped gradients, float32 or better; a key for
+            every trainable parameter, zeros where it was not used.
+        norms: gradient norms before clipping, `[n]`. They are private: do not log them.
+    """
+
+    gradients: dict[str, Tensor]
+    norms: Tensor
+
+
+def clipped_gradient(
+    model: nn.Module,
+    per_example_loss: PerExampleLoss,
+    batch: Batch,
+    *,
+    clipping: Clipping,
+    norm_rule: NormRule | str = NormRule.AUTO,
+    backward_passes: int = 1,
+) -> ClippedGradient:
+    """The sum over the examples of `batch` of their clipped gradients.
+
+    Guarantee: adding or removing one example moves the sum, as one vector over all trainable parameters, by at most
+    `clipping.sensitivity()`, up to rounding. Every trainable parameter is included, or an error is raised. Parameters
+    and their `.grad` are not written to.
+
+    Args:
+        model: any module; its parameters with `requires_grad` are the trainable ones.
+        per_example_loss: `per_example_loss(model, batch) -> Tensor [n]`, one loss per example, computed from that
+            example alone.
+        batch: mapping or tuple of tensors whose first dimension is `n`.
+        clipping: `clipping.Flat(C)` or `clipping.Automatic()`.
+        norm_rule: "auto" (our cost model), "mixed" (the paper's rule), "ghost" or "instantiate". Same result, other
+            time and memory.
+        backward_passes: 1 holds activations and output gradients for the sum; 2 is the paper's algorithm. Same result.
+
+    Edge cases: an empty batch (`n = 0`) gives zeros without running the model; an example whose gradient is not finite
+    contributes exactly zero.
+
+    Raises:
+        ArgumentRefused: `norm_rule` or `backward_passes` is none of the above.
+        DataRefused: the tensors of `batch` disagree about `n`, or the losses do not have shape `[n]`.
+        MixingRefused: an operation lets examples influence one another, or hides which row is whose.
+        CaptureError: a trainable parameter was used in a way that cannot be seen.
+    """
+    rule = _checked(norm_rule, backward_passes)
+    n = batch_size(batch)
+    if n == 0:
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        return ClippedGradient(zeros(parameters), torch.zeros(0))
+    with capture(model, batch, n, rule_for) as uses:
+        losses = _checked_losses(per_example_loss(model, batch), n)
+    ones = torch.ones_like(losses)
+
+    collector = Collector(uses, rule, backward_passes)
+    uses.backward(losses, ones, collector.receive, retain=backward_passes == 2)
+    squared_norms = collector.squared_norms()
+    factors = clipping.factors(squared_norms)
+    if backward_passes == 1:
+        gradients = collector.weighted_sums(factors)
+    else:
+        summer = Summer(uses, None, torch.isfinite(squared_norms))
+        uses.backward(losses, factors.to(losses.dtype), summer.receive, retain=False)
+        gradients = summer.sums()
+    return ClippedGradient(gradients, squared_norms.sqrt())
+
+
+def per_example_norms(
+    model: nn.Module,
+    per_example_loss: PerExampleLoss,
+    batch: Batch,
+    *,
+    norm_rule: NormRule | str = NormRule.AUTO,
+) -> Tensor:
+    """Norms `[n]` of every single example's gradient over all trainable parameters. They are private.
+
+    Arguments, edge cases and errors as for `clipped_gradient`.
+    """
+    rule = _checked(norm_rule, 2)
+    n = batch_size(batch)
+    if n == 0:
+        return torch.zeros(0)
+    with capture(model, batch, n, rule_for) as uses:
+        losses = _checked_losses(per_example_loss(model, batch), n)
+    collector = Collector(uses, rule, backward_passes=2)
+    uses.backward(losses, torch.ones_like(losses), collector.receive, retain=False)
+    return collector.squared_norms().sqrt()
+
+
+def batch_size(batch: Batch) -> int:
+    """The common length of dimension 0 of all tensors in `batch`.
+
+    Raises:
+        DataRefused: there is no tensor, one has no dimension, or they disagree.
+    """
+    named = batch.items() if isinstance(batch, Mapping) else enumerate(batch)
+    sizes = {key: tuple(value.shape) for key, value in named if isinstance(value, Tensor)}
+    lengths = {shape[0] if shape else None for shape in sizes.values()}
+    if len(lengths) != 1 or None in lengths:
+        raise DataRefused(
+            f"batch has tensors of shapes {sizes}: dimension 0 of each must be the number of examples, so that each "
+            "example's share can be told apart. Pass a mapping or tuple of tensors that agree about it."
+        )
+    return lengths.pop()
+
+
+def _checked(norm_rule: NormRule | str, backward_passes: int) -> NormRule:
+    if backward_passes not in (1, 2):
+        raise ArgumentRefused(
+            f"backward_passes={backward_passes!r}: the clipped sum takes one backward pass (fast) or two (least "
+            "memory). Pass 1 or 2."
+        )
+    try:
+        return NormRule(norm_rule)
+    except ValueError:
+        raise ArgumentRefused(
+            f"norm_rule={norm_rule!r} is unknown. Pass one of {[rule.value for rule in NormRule]}."
+        ) from None
+
+
+def _checked_losses(losses: Tensor, n: int) -> Tensor:
+    shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+    if shape != (n,):
+        raise DataRefused(
+            f"per_example_loss returned {shape} for a batch of {n} examples: it must return one loss per example, "
+            f"shape [{n}], because a mean or sum over the batch cannot be clipped per example. Use reduction='none'."
+        )
+    return losses

@@ -1,0 +1,217 @@
+"""Normalisation layers: the scale-and-shift rule. Their parameters are few, so gradients are always instantiated.
+
+With `x_hat = (x - mean) * rstd` the gradients of one example are `sum g * x_hat` for the scale and `sum g` for the
+shift; both are formed from `sum g * x` and `sum g` without ever forming `x_hat`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from .generic import generic
+from .gradients import Instantiated, wide
+
+
+def _deliver(slots: tuple, scale: Tensor | None, shift: Tensor) -> None:
+    weight_slot, bias_slot = slots
+    if weight_slot is not None:
+        weight_slot.receive(Instantiated(scale.reshape(scale.shape[0], *weight_slot.theta.tensor.shape)))
+    if bias_slot is not None:
+        bias_slot.receive(Instantiated(shift.reshape(shift.shape[0], *bias_slot.theta.tensor.shape)))
+
+
+def _scale_shift_ready(call: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    return call.batched(x) and not call.batched(weight) and not call.batched(bias)
+
+
+def _detached(tensor: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if tensor is None else tensor.detach().to(like.dtype)
+
+
+class LayerNormUse(torch.autograd.Function):
+    """Layer norm over the last dimensions, `x [n*k, ..., *shape]`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, anchor: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: list, eps: float, n: int,
+        slots: tuple,
+    ) -> Tensor:  # fmt: skip
+        out, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
+        ctx.shape, ctx.n, ctx.slots = shape, n, slots
+        ctx.save_for_backward(x, mean, rstd, weight, bias)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, output_grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, rstd, weight, bias = ctx.saved_tensors
+        grad = None
+        if ctx.needs_input_grad[1]:
+            grad = torch.ops.aten.native_layer_norm_backward(
+                output_grad, x, ctx.shape, mean, rstd, weight, bias, [True, False, False]
+            )[0]
+        size = math.prod(ctx.shape)
+        g = output_grad.reshape(ctx.n, -1, size)
+        g = g.to(wide(g.dtype))
+        scale = None
+        if ctx.slots[0] is not None:
+            # sum_t g x rstd - sum_t g mean rstd, the second one as a product with a row vector.
+            r = rstd.reshape(ctx.n, -1, 1).to(g.dtype)
+            scaled_x = x.detach().reshape(ctx.n, -1, size).to(g.dtype) * g
+            centre = (mean.reshape(ctx.n, -1, 1).to(g.dtype) * r).transpose(1, 2) @ g
+            scale = (r.transpose(1, 2) @ scaled_x - centre).squeeze(1)
+        _deliver(ctx.slots, scale, g.sum(1) if ctx.slots[1] is not None else g)
+        return None, grad, None, None, None, None, None, None
+
+
+def layer_norm(
+    call: Any, input: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None,
+    eps: float = 1e-5, cudnn_enable: bool = True,
+) -> Tensor:  # fmt: skip
+    """`F.layer_norm` and `torch.layer_norm`."""
+    if not _scale_shift_ready(call, input, weight, bias):
+        return generic(call, *call.args, **call.kwargs)
+    call.check_rows(input)
+    if input.ndim == len(normalized_shape):  # the examples themselves would be normalised together
+        call.refuse("it normalises over dimension 0, which holds the examples")
+    slots = call.slot(call.theta(weight)), call.slot(call.theta(bias))
+    operands = input, _detached(weight, input), _detached(bias, input)
+    return LayerNormUse.apply(call.anchor, *operands, list(normalized_shape), eps, call.n, slots)
+
+
+class ChannelNormUse(torch.autograd.Function):
+    """Scale and shift per channel after normalisation with given `mean` and `rstd`: group norm, frozen batch norm."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, x: Tensor, run: Any, n: int, slots: tuple) -> Tensor:
+        out, mean, rstd = run.forward(x)
+        ctx.run, ctx.n, ctx.slots = run, n, slots
+        ctx.save_for_backward(x, mean, rstd)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, output_grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, rstd = ctx.saved_tensors
+        grad = ctx.run.backward(output_grad, x, mean, rstd) if ctx.needs_input_grad[1] else None
+        rows, channels = x.shape[:2]
+        g = output_grad.reshape(rows, channels, -1)
+        g = g.to(wide(g.dtype))
+        shift = g.sum(2)
+        scale = None
+        if ctx.slots[0] is not None:
+            product = (g * x.detach().reshape(rows, channels, -1).to(g.dtype)).sum(2)
+            scale = (product - ctx.run.per_channel(mean, rows, channels) * shift) * ctx.run.per_channel(rstd, rows, channels)
+            scale = scale.unflatten(0, (ctx.n, -1)).sum(1)
+        _deliver(ctx.slots, scale, shift.unflatten(0, (ctx.n, -1)).sum(1))
+        return None, grad, None, None, None
+
+
+class GroupNorm:
+    """The statistics of group norm: `mean` and `rstd` are `[rows, groups]`."""
+
+    def __init__(self, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
+        self.groups, self.weight, self.bias, self.eps = groups, weight, bias, eps
+
+    def _sizes(self, x: Tensor) -> tuple[int, int, int]:
+        return x.shape[0], x.shape[1], x[0, 0].numel()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.native_group_norm(x.contiguous(), self.weight, self.bias, *self._sizes(x), self.groups, self.eps)
+
+    def backward(self, output_grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+        return torch.ops.aten.native_group_norm_backward(
+            output_grad.contiguous(), x.contiguous(), mean, rstd, self.weight, *self._sizes(x), self.groups,
+            [True, False, False],
+        )[0]  # fmt: skip
+
+    def per_channel(self, statistic: Tensor, rows: int, channels: int) -> Tensor:
+        return statistic.reshape(rows, self.groups).repeat_interleave(channels // self.groups, 1)
+
+
+class FrozenBatchNorm:
+    """Batch norm with running statistics, `[channels]`, the same for every example."""
+
+    def __init__(
+        self, mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> None:
+        self.mean, self.variance, self.weight, self.bias, self.eps = mean, variance, weight, bias, eps
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        out = F.batch_norm(x, self.mean, self.variance, self.weight, self.bias, False, 0.0, self.eps)
+        return out, self.mean, torch.rsqrt(self.variance + self.eps)
+
+    def backward(self, output_grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+        scale = rstd if self.weight is None else rstd * self.weight
+        return output_grad * scale.to(output_grad.dtype).view(1, -1, *[1] * (x.ndim - 2))
+
+    def per_channel(self, statistic: Tensor, rows: int, channels: int) -> Tensor:
+        return statistic
+
+
+def group_norm(
+    call: Any, input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None,
+    eps: float = 1e-5, cudnn_enabled: bool = True,
+) -> Tensor:  # fmt: skip
+    """`F.group_norm` and `torch.group_norm`."""
+    if not _scale_shift_ready(call, input, weight, bias):
+        return generic(call, *call.args, **call.kwargs)
+    call.check_rows(input)
+    slots = call.slot(call.theta(weight)), call.slot(call.theta(bias))
+    run = GroupNorm(num_groups, _detached(weight, input), _detached(bias, input), eps)
+    return ChannelNormUse.apply(call.anchor, input, run, call.n, slots)
+
+
+def _frozen_batch_norm(call: Any, x: Tensor, mean: Any, variance: Any, weight: Any, bias: Any, eps: float) -> Tensor:
+    if not _scale_shift_ready(call, x, weight, bias) or call.batched(mean) or call.batched(variance):
+        return generic(call, *call.args, **call.kwargs)
+    call.check_rows(x)
+    slots = call.slot(call.theta(weight)), call.slot(call.theta(bias))
+    run = FrozenBatchNorm(mean.detach(), variance.detach(), _detached(weight, x), _detached(bias, x), eps)
+    return ChannelNormUse.apply(call.anchor, x, run, call.n, slots)
+
+
+def batch_norm(
+    call: Any, input: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None = None,
+    bias: Tensor | None = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
+) -> Tensor:  # fmt: skip
+    """`F.batch_norm` with running statistics; with batch statistics the capture has refused it already."""
+    return _frozen_batch_norm(call, input, running_mean, running_var, weight, bias, eps)
+
+
+def torch_batch_norm(
+    call: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor, running_var: Tensor,
+    training: bool, momentum: float, eps: float, cudnn_enabled: bool,
+) -> Tensor:  # fmt: skip
+    """`torch.batch_norm`, whose arguments come in another order."""
+    return _frozen_batch_norm(call, input, running_mean, running_var, weight, bias, eps)
+
+
+def rms_norm(
+    call: Any, input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    """`F.rms_norm`: normalised by the framework, scaled by the expand rule."""
+    if not call.batched(input) or call.theta(weight) is None:
+        return generic(call, *call.args, **call.kwargs)
+    return call.again(torch.mul, F.rms_norm(input, normalized_shape, None, eps), weight)
+
+
+def instance_norm(
+    call: Any, input: Tensor, running_mean: Tensor | None = None, running_var: Tensor | None = None,
+    weight: Tensor | None = None, bias: Tensor | None = None, use_input_stats: bool = True, momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:  # fmt: skip
+    """`F.instance_norm`: group norm with one channel per group; with running statistics, frozen batch norm."""
+    if not use_input_stats:
+        return _frozen_batch_norm(call, input, running_mean, running_var, weight, bias, eps)
+    if running_mean is not None:
+        call.refuse("it updates running statistics from the examples, which would be released without noise")
+    return group_norm(call, input, input.shape[1], weight, bias, eps)
+
+

@@ -1,0 +1,163 @@
+"""Before training: does the clipping of this very model equal a loop over single examples?
+
+Turns "we think this model is supported" into "this model was checked". It runs on random inputs only: a verdict on
+private images would depend on them and would have to be paid for.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from .clipping import Flat
+from .dpsgd import Batch, PerExampleLoss, batch_size, clipped_gradient
+from .errors import MixingRefused, ModelRefused
+from .rules.cost import NormRule
+
+
+_DROPOUTS = {
+    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout,
+    torch.dropout_, torch.alpha_dropout, torch.feature_dropout,
+}  # fmt: skip
+_UNIFORM = {torch.rand, torch.rand_like}
+
+
+class _Deterministic(TorchFunctionMode):
+    """Every random draw of the forward pass replaced by a constant: dropout keeps all, stochastic depth keeps all."""
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if function in _DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        if function is F.scaled_dot_product_attention:
+            kwargs = {**kwargs, "dropout_p": 0.0}
+            args = args[:4]
+        result = function(*args, **kwargs)
+        if function in _UNIFORM:
+            return result.fill_(0.5)
+        if function is Tensor.bernoulli_:
+            return result.fill_(args[1] if len(args) > 1 else kwargs.get("p", 0.5))
+        if function in (torch.randn, torch.randn_like):
+            return result.zero_()
+        return result
+
+
+def self_check(
+    model: nn.Module,
+    per_example_loss: PerExampleLoss,
+    batch: Batch,
+    *,
+    norm_rule: NormRule | str = NormRule.AUTO,
+    backward_passes: int = 1,
+    tolerance: float = 1e-3,
+) -> float:
+    """Compare clipped gradients with a loop over single examples, on a copy of the model.
+
+    The copy's trainable parameters are perturbed, so that layers initialised to zero are checked too; random
+    draws of the forward pass are made constant, so that both sides see the same function.
+
+    Args:
+        model: checked as it is (training or evaluation mode), never written to.
+        per_example_loss: as for `clipped_gradient`.
+        batch: two or three *random* examples of the data's shape.
+        norm_rule: as for training, so that the kernels that will run are the ones that are checked.
+        backward_passes: as for training.
+        tolerance: largest relative error allowed, of any norm and of the clipped sum.
+
+    Returns:
+        The largest relative error seen.
+
+    Edge cases: a gradient of exactly zero on both sides agrees.
+
+    Raises:
+        ModelRefused: the two disagree, or a forward pass changes a buffer.
+        MixingRefused: an example's gradient depends on the other examples.
+        CaptureError: a trainable parameter escapes the interception.
+    """
+    n = batch_size(batch)
+    if n < 2:
+        raise ModelRefused(f"self_check needs at least two random examples to see mixing, got {n}.")
+    copied = _perturbed_copy(model)
+    buffers = {name: buffer.clone() for name, buffer in copied.named_buffers()}
+    with _Deterministic():
+        norms, total, clip_norm = _loop(copied, per_example_loss, batch, n)
+        ours = clipped_gradient(
+            copied, per_example_loss, batch,
+            clipping=Flat(clip_norm), norm_rule=norm_rule, backward_passes=backward_passes,
+        )  # fmt: skip
+    changed = [name for name, buffer in copied.named_buffers() if not torch.equal(buffer, buffers[name])]
+    if changed:
+        raise ModelRefused(
+            f"a forward pass of {type(model).__name__} in training mode changes buffer(s) {changed[:8]}: they would be "
+            "computed from private images and released without noise. Put those modules in eval mode, or load the "
+            "model with replace_batchnorm='freeze' or 'group'."
+        )
+    errors = [(ours.norms.double() - norms).abs().max() / norms.max().clamp(min=1e-30)]
+    difference = sum((ours.gradients[name].double() - grad).square().sum() for name, grad in total.items()).sqrt()
+    errors.append(difference / sum(grad.square().sum() for grad in total.values()).sqrt().clamp(min=1e-30))
+    error = max(float(e) for e in errors)
+    if not error <= tolerance:
+        _refuse(model, ours.gradients, total, error, tolerance)
+    return error
+
+
+def _refuse(model: nn.Module, ours: dict[str, Tensor], total: dict[str, Tensor], error: float, tolerance: float) -> None:
+    scale = sum(grad.square().sum() for grad in total.values()).sqrt()
+    worst = sorted(total, key=lambda name: float((ours[name].double() - total[name]).norm() / scale), reverse=True)
+    raise MixingRefused(
+        f"{type(model).__name__}: clipped gradients differ from a loop over single examples by {error:.1e} (at most "
+        f"{tolerance:.0e} is allowed), most of all for {worst[:4]}. Either an operation lets examples influence one "
+        "another, or the examples are not kept one after another in dimension 0; then clipping bounds nothing. "
+        "Remove that operation, or freeze the parameters it reaches with requires_grad_(False)."
+    )
+
+
+def _perturbed_copy(model: nn.Module) -> nn.Module:
+    copied = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+                parameter.add_(noise, alpha=0.02)
+    return copied
+
+
+def _loop(
+    model: nn.Module, per_example_loss: PerExampleLoss, batch: Batch, n: int
+) -> tuple[Tensor, dict[str, Tensor], float]:
+    """Norms `[n]`, the clipped sum and the clip norm used (the middle norm), by ordinary autograd, one by one.
+
+    Each example is run twice in one batch and the mean taken: some CPU kernels are wrong for a batch of one.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    gradients = []
+    for i in range(n):
+        losses = per_example_loss(model, _twice(batch, i))
+        found = torch.autograd.grad(losses.mean(), list(parameters.values()), allow_unused=True)
+        gradients.append([
+            torch.zeros_like(p, dtype=torch.float64) if grad is None else grad.double()
+            for p, grad in zip(parameters.values(), found, strict=True)
+        ])  # fmt: skip
+    norms = torch.stack([sum(grad.square().sum() for grad in grads).sqrt() for grads in gradients])
+    clip_norm = float(norms.median().clamp(min=1e-12))
+    factors = (clip_norm / norms.clamp(min=1e-30)).clamp(max=1.0)
+    total = {
+        name: sum(factor * grads[j] for factor, grads in zip(factors, gradients, strict=True))
+        for j, name in enumerate(parameters)
+    }
+    return norms, total, clip_norm
+
+
+def _twice(batch: Batch, i: int) -> Batch:
+    def row(value: Any) -> Any:
+        return value[[i, i]] if isinstance(value, Tensor) else value
+
+    if isinstance(batch, (list, tuple)):
+        return tuple(row(value) for value in batch)
+    return {key: row(value) for key, value in batch.items()}
