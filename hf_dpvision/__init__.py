@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from . import accounting, clipping
     from .dpsgd import ClippedGradient, clipped_gradient, per_example_norms
     from .models import load_model
-    from .self_check import self_check
     from .trainer import DPTrainer
     from .training_args import DPTrainingArguments
 
@@ -28,10 +27,18 @@ _HOMES = {
     "clipping": None,
     "load_model": "models",
     "per_example_norms": "dpsgd",
-    "self_check": "self_check",
 }
 
-__all__ = sorted(_HOMES)
+__all__ = [
+    "ClippedGradient",
+    "DPTrainer",
+    "DPTrainingArguments",
+    "accounting",
+    "clipped_gradient",
+    "clipping",
+    "load_model",
+    "per_example_norms",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,48 @@
+"""The plan that `hf-dpvision inspect` prints."""
+
+import timm
+import torch
+from torch import nn
+
+from hf_dpvision.inspect import format_plan, plan
+from hf_dpvision.rules.cost import NormRule
+
+
+# Positions, inputs, outputs and choice per layer of VGG-11 at 224 pixels, by the rule of Bu, Mao, Xu 2022
+# (arXiv:2205.10683, section 4): ghost if 2 t^2 < p d.
+VGG11 = [
+    (50176, 27, 64, "keep"),
+    (12544, 576, 128, "keep"),
+    (3136, 1152, 256, "keep"),
+    (3136, 2304, 256, "keep"),
+    (784, 2304, 512, "keep"),
+    (784, 4608, 512, "ghost"),
+    (196, 4608, 512, "ghost"),
+    (196, 4608, 512, "ghost"),
+    (1, 25088, 4096, "ghost"),
+    (1, 4096, 4096, "ghost"),
+    (1, 4096, 1000, "ghost"),
+]
+
+
+def test_vgg11_reproduces_the_papers_decision_table():
+    model = timm.create_model("vgg11", num_classes=1000).eval()
+    rows = plan(model, (torch.zeros(1, 3, 224, 224),), 1, NormRule.MIXED)
+    affine = [row for row in rows if row.positions is not None]
+    assert [(row.positions, row.inputs, row.outputs, row.choice) for row in affine] == VGG11
+    assert f"{sum(row.extra_memory for row in affine):.3g}" == "3.52e+06"
+    assert f"{sum(2 * row.positions**2 for row in affine):.3g}" == "5.39e+09"
+    assert f"{sum(row.inputs * row.outputs for row in affine):.3g}" == "1.33e+08"
+
+
+def test_an_operation_without_a_rule_is_named_in_the_plan():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 3))
+
+        def forward(self, x):
+            return torch.einsum("nd,dp->np", x, self.weight)
+
+    text = format_plan(plan(Odd(), (torch.zeros(1, 4),), 1, NormRule.AUTO))
+    assert "einsum (generic: slow)" in text
