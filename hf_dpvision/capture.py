@@ -96,8 +96,6 @@ class Uses:
         Raises:
             CaptureError: a trainable parameter received an ordinary gradient.
         """
-        if not losses.requires_grad:
-            return  # no trainable parameter took part: all gradients are zero
         self._receiver = receiver
         try:
             leaves = [self.anchor, *self.parameters.values()]

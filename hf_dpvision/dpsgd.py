@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .capture import capture
+from .capture import Uses, capture
 from .clipping import Clipping
 from .collector import Collector, Summer, zeros
-from .errors import ArgumentRefused, DataRefused
+from .errors import ArgumentRefused, CaptureError, DataRefused
 from .rules import rule_for
 from .rules.cost import NormRule
 
@@ -71,19 +71,16 @@ def clipped_gradient(
         ArgumentRefused: `norm_rule` or `backward_passes` is none of the above.
         DataRefused: the tensors of `batch` disagree about `n`, or the losses do not have shape `[n]`.
         MixingRefused: an operation lets examples influence one another, or hides which row is whose.
-        CaptureError: a trainable parameter was used in a way that cannot be seen.
+        CaptureError: a trainable parameter was used in a way that cannot be seen, or none was used.
     """
     rule = _checked(norm_rule, backward_passes)
     n = batch_size(batch)
     if n == 0:
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         return ClippedGradient(zeros(parameters), torch.zeros(0))
-    with capture(model, batch, n, rule_for) as uses:
-        losses = _checked_losses(per_example_loss(model, batch), n)
-    ones = torch.ones_like(losses)
-
+    uses, losses = _captured_losses(model, per_example_loss, batch, n)
     collector = Collector(uses, rule, backward_passes)
-    uses.backward(losses, ones, collector.receive, retain=backward_passes == 2)
+    uses.backward(losses, torch.ones_like(losses), collector.receive, retain=backward_passes == 2)
     squared_norms = collector.squared_norms()
     factors = clipping.factors(squared_norms)
     if backward_passes == 1:
@@ -110,8 +107,7 @@ def per_example_norms(
     n = batch_size(batch)
     if n == 0:
         return torch.zeros(0)
-    with capture(model, batch, n, rule_for) as uses:
-        losses = _checked_losses(per_example_loss(model, batch), n)
+    uses, losses = _captured_losses(model, per_example_loss, batch, n)
     collector = Collector(uses, rule, backward_passes=2)
     uses.backward(losses, torch.ones_like(losses), collector.receive, retain=False)
     return collector.squared_norms().sqrt()
@@ -148,11 +144,19 @@ def _checked(norm_rule: NormRule | str, backward_passes: int) -> NormRule:
         ) from None
 
 
-def _checked_losses(losses: Tensor, n: int) -> Tensor:
+def _captured_losses(model: nn.Module, per_example_loss: PerExampleLoss, batch: Batch, n: int) -> tuple[Uses, Tensor]:
+    with torch.enable_grad(), capture(model, batch, n, rule_for) as uses:
+        losses = per_example_loss(model, batch)
     shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
     if shape != (n,):
         raise DataRefused(
             f"per_example_loss returned {shape} for a batch of {n} examples: it must return one loss per example, "
             f"shape [{n}], because a mean or sum over the batch cannot be clipped per example. Use reduction='none'."
         )
-    return losses
+    if not losses.requires_grad:
+        raise CaptureError(
+            f"the losses do not depend on any trainable parameter of {type(model).__name__} (the first is "
+            f"{next(iter(uses.parameters))!r}): there would be nothing but noise to train on. Unfreeze what the loss "
+            "depends on, and do not detach it."
+        )
+    return uses, losses

@@ -7,7 +7,7 @@ private images would depend on them and would have to be paid for.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,12 @@ _DROPOUTS = {
     F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout,
     torch.dropout_, torch.alpha_dropout, torch.feature_dropout,
 }  # fmt: skip
-_UNIFORM = {torch.rand, torch.rand_like}
+# Every other random draw becomes the constant given here.
+_CONSTANTS = {
+    **dict.fromkeys([torch.rand, torch.rand_like, Tensor.uniform_], 0.5),
+    **dict.fromkeys([torch.randn, torch.randn_like, Tensor.normal_, Tensor.random_], 0),
+    **dict.fromkeys([torch.randint, torch.randint_like], 0),
+}
 
 
 class _Deterministic(TorchFunctionMode):
@@ -38,12 +43,12 @@ class _Deterministic(TorchFunctionMode):
             kwargs = {**kwargs, "dropout_p": 0.0}
             args = args[:4]
         result = function(*args, **kwargs)
-        if function in _UNIFORM:
-            return result.fill_(0.5)
-        if function is Tensor.bernoulli_:
+        if function in _CONSTANTS:
+            return result.fill_(_CONSTANTS[function])
+        if function is Tensor.bernoulli_:  # the mean, so that dividing by it gives one
             return result.fill_(args[1] if len(args) > 1 else kwargs.get("p", 0.5))
-        if function in (torch.randn, torch.randn_like):
-            return result.zero_()
+        if function is torch.randperm:
+            return result.sort().values
         return result
 
 
@@ -93,8 +98,8 @@ def self_check(
     changed = [name for name, buffer in copied.named_buffers() if not torch.equal(buffer, buffers[name])]
     if changed:
         raise ModelRefused(
-            f"a forward pass of {type(model).__name__} in training mode changes buffer(s) {changed[:8]}: they would be "
-            "computed from private images and released without noise. Put those modules in eval mode, or load the "
+            f"a forward pass of {type(model).__name__} in training mode changes buffer(s) {changed[:8]}: they would "
+            "be computed from private images and released without noise. Put those modules in eval mode, or load the "
             "model with replace_batchnorm='freeze' or 'group'."
         )
     errors = [(ours.norms.double() - norms).abs().max() / norms.max().clamp(min=1e-30)]
@@ -106,7 +111,9 @@ def self_check(
     return error
 
 
-def _refuse(model: nn.Module, ours: dict[str, Tensor], total: dict[str, Tensor], error: float, tolerance: float) -> None:
+def _refuse(
+    model: nn.Module, ours: dict[str, Tensor], total: dict[str, Tensor], error: float, tolerance: float
+) -> NoReturn:
     scale = sum(grad.square().sum() for grad in total.values()).sqrt()
     worst = sorted(total, key=lambda name: float((ours[name].double() - total[name]).norm() / scale), reverse=True)
     raise MixingRefused(

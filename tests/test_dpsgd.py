@@ -187,6 +187,18 @@ def test_parameter_that_slips_past_the_interception_is_refused_by_name(net):
         clipped_gradient(net(), loss, batch, clipping=FLAT)
 
 
+def test_losses_that_depend_on_nothing_trainable_are_refused():
+    with pytest.raises(CaptureError, match="nothing but noise"):
+        clipped_gradient(small_net(), lambda m, b: loss(m, b).detach(), batch_of(2), clipping=FLAT)
+
+
+def test_gradients_are_the_same_under_no_grad():
+    model, batch = small_net(), batch_of(3)
+    expected = clipped_gradient(model, loss, batch, clipping=FLAT).norms
+    with torch.no_grad():
+        assert torch.equal(clipped_gradient(model, loss, batch, clipping=FLAT).norms, expected)
+
+
 def test_batch_statistics_are_refused_even_with_frozen_affine():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4).requires_grad_(False), nn.Flatten(), nn.Linear(64, 5))
     with pytest.raises(MixingRefused, match="replace_batchnorm"):
