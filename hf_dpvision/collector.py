@@ -15,7 +15,7 @@ from torch import Tensor
 from .capture import Slot, Uses
 from .rules.affine import Affine
 from .rules.cost import Choice, NormRule, choose
-from .rules.gradients import Instantiated, PerExampleGradient, wide
+from .rules.gradients import Instantiated, PerExampleGradient, squared_rows, wide
 
 
 def clusters(slots: Iterable[Slot]) -> list[list[Slot]]:
@@ -80,12 +80,12 @@ class Collector:
         if theta.isometric and all(slot.theta.tensor is theta.tensor for slot in members):
             if all(isinstance(gradient, Affine) for gradient in gradients):
                 return self._affine_squared_norms(members, gradients)
-            return sum(gradient.instantiate() for gradient in gradients).flatten(1).square().sum(1)
+            return squared_rows(sum(gradient.instantiate() for gradient in gradients))
         per_parameter: dict[str, Tensor] = {}
         for slot, gradient in zip(members, gradients, strict=True):
             for name, pulled in self._pull_back(slot, gradient).items():
                 per_parameter[name] = per_parameter[name] + pulled if name in per_parameter else pulled
-        return sum(pulled.flatten(1).square().sum(1) for pulled in per_parameter.values())
+        return sum(squared_rows(pulled) for pulled in per_parameter.values())
 
     def _affine_squared_norms(self, members: list[Slot], gradients: list[Affine]) -> Tensor:
         joined = Affine.joined(gradients)

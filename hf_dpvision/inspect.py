@@ -1,4 +1,4 @@
-"""The plan: for every use of a trainable tensor, its sizes, the choice between ghost and instantiate, and its price."""
+"""The plan: for every use of a trainable tensor its sizes, ghost or instantiate, and the price."""
 
 from __future__ import annotations
 
@@ -106,5 +106,5 @@ def _totals(rows: Sequence[PlannedUse]) -> str:
         f"{len(affine)} affine uses ({counts}), {len(rows) - len(affine)} small ones always instantiated.\n"
         f"Numbers per example for the norms: all ghost {ghost:.3g}, all instantiated {weights:.3g}, "
         f"as planned {mixed:.3g}.\n"
-        f"Functions without a rule of their own: {sum(row.generic for row in rows)}; rules cover {len(RULES)} functions."
+        f"Uses without a rule of their own: {sum(row.generic for row in rows)}; rules cover {len(RULES)} functions."
     )

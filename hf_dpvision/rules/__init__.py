@@ -20,7 +20,8 @@ from .norm import batch_norm, group_norm, instance_norm, layer_norm, rms_norm, t
 
 def _named(names: str) -> set[Callable]:
     """The functions of these names in `torch`, as tensor methods, operators and in-place methods."""
-    spellings = [s for name in names.split() for s in (name, name + "_", f"__{name}__", f"__r{name}__", f"__i{name}__")]
+    forms = ("{}", "{}_", "__{}__", "__r{}__", "__i{}__")
+    spellings = [form.format(name) for name in names.split() for form in forms]
     return {getattr(owner, s) for owner in (torch, Tensor) for s in spellings if callable(getattr(owner, s, None))}
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .affine import AffineShape, ghost_squared_norms, scaled
+from .affine import WORKSPACE_ELEMENTS, AffineShape, ghost_squared_norms, scaled
 from .generic import generic
 from .gradients import PerExampleGradient, keep_examples, wide
 from .linear import autocast_operands, bias_gradients
@@ -91,9 +91,12 @@ class ConvGradient(PerExampleGradient):
         if self.geometry.transposed:
             return self.squared_norms()
         rows = output_grad.flatten(2).unflatten(1, (self.geometry.groups, -1)).transpose(2, 3)
-        # Example by example: the unfolded input of a whole batch can be larger than everything else together.
+        # In chunks: the unfolded input of a whole batch can be larger than everything else together.
+        patches = math.prod(self.geometry.kernel) * x[0].numel()
+        chunk = max(1, WORKSPACE_ELEMENTS // patches)
         norms = [
-            ghost_squared_norms(rows[i : i + 1], self.geometry.unfold(x[i : i + 1])) for i in range(x.shape[0])
+            ghost_squared_norms(rows[i : i + chunk], self.geometry.unfold(x[i : i + chunk]))
+            for i in range(0, x.shape[0], chunk)
         ]
         return torch.cat(norms)
 
@@ -124,7 +127,8 @@ class ConvUse(torch.autograd.Function):
             gradient = ConvGradient(x.detach(), output_grad, weight, ctx.geometry)
             weight_slot.receive(gradient if k == 1 else Folded(gradient, n))
         if bias_slot is not None:
-            bias_slot.receive(bias_gradients(output_grad.flatten(2).transpose(1, 2).reshape(n, -1, output_grad.shape[1])))
+            outputs = output_grad.shape[1]
+            bias_slot.receive(bias_gradients(output_grad.flatten(2).transpose(1, 2).reshape(n, -1, outputs)))
         return None, grad, None, None, None, None
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import Enum, StrEnum
 
 from .affine import AffineShape
 
 
-class NormRule(str, Enum):
+class NormRule(StrEnum):
     """How the norm of each use is obtained."""
 
     AUTO = "auto"  # our cost model: time, under a memory bound

@@ -70,7 +70,7 @@ def embedding(
     call: Any, input: Tensor, weight: Tensor, padding_idx: int | None = None, max_norm: float | None = None,
     norm_type: float = 2.0, scale_grad_by_freq: bool = False, sparse: bool = False,
 ) -> Tensor:  # fmt: skip
-    """`F.embedding` with `input [n*k, ...]` depending on the batch; a fixed index makes a derived parameter instead."""
+    """`F.embedding` with `input [n*k, ...]` depending on the batch; a fixed index only derives a parameter."""
     if max_norm is not None or scale_grad_by_freq:
         call.refuse("max_norm and scale_grad_by_freq change the table or its gradient by what the batch looks up")
     if not call.batched(input) or call.theta(weight) is None:
@@ -79,4 +79,5 @@ def embedding(
     rows, d = weight.shape
     padding = -1 if padding_idx is None else padding_idx % rows
     shape = AffineShape(positions=input.numel() // call.n, inputs=rows, outputs=d)
-    return EmbeddingUse.apply(call.anchor, input, weight.detach(), padding, call.n, call.slot(call.theta(weight), shape))
+    slot = call.slot(call.theta(weight), shape)
+    return EmbeddingUse.apply(call.anchor, input, weight.detach(), padding, call.n, slot)

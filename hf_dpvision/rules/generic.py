@@ -21,7 +21,8 @@ class GenericUse(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, run: Any, n: int, slots: list, *tensors: Tensor) -> tuple[Tensor, ...]:
-        inner = [t.detach().requires_grad_(needed) for t, needed in zip(tensors, ctx.needs_input_grad[4:], strict=True)]
+        needed = ctx.needs_input_grad[4:]
+        inner = [t.detach().requires_grad_(wanted) for t, wanted in zip(tensors, needed, strict=True)]
         thetas = [inner[slot_index].requires_grad_() for slot_index, _ in slots]
         with torch.enable_grad():
             outputs = run(inner)

@@ -22,6 +22,16 @@ def keep_examples(tensor: Tensor, kept: Tensor) -> Tensor:
     return torch.where(kept.view(-1, *[1] * (tensor.ndim - 1)), tensor, tensor.new_zeros(()))
 
 
+def squared_rows(tensor: Tensor) -> Tensor:
+    """Squared norm of each row of `tensor [n, ...]`.
+
+    In blocks, because one float32 accumulation over 10^7 numbers was seen to lose 4e-4 of a norm; by `vector_norm`,
+    because it is the fastest reduction and makes no temporary of the tensor's size.
+    """
+    blocks = tensor.flatten(1).split(2**16, dim=1)
+    return sum(torch.linalg.vector_norm(block, dim=1).square() for block in blocks)
+
+
 class PerExampleGradient(ABC):
     """The gradients of every single example with respect to one tensor, for one use of it."""
 
@@ -39,7 +49,7 @@ class PerExampleGradient(ABC):
 
     def squared_norms(self) -> Tensor:
         """Squared Euclidean norms `[n]`, from the instantiated gradients."""
-        return self.instantiate().flatten(1).square().sum(1)
+        return squared_rows(self.instantiate())
 
     def ghost_squared_norms(self) -> Tensor:
         """Squared norms `[n]` without forming the gradients, where the form has such an identity."""
@@ -92,4 +102,4 @@ class Diagonal(PerExampleGradient):
         return Diagonal(keep_examples(self.rows, examples.repeat_interleave(self.rows.shape[0] // self.n)), self.n)
 
     def squared_norms(self) -> Tensor:
-        return self.rows.reshape(self.n, -1).square().sum(1)
+        return squared_rows(self.rows.reshape(self.n, -1))

@@ -39,8 +39,8 @@ class LayerNormUse(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, anchor: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: list, eps: float, n: int,
-        slots: tuple,
+        ctx: Any, anchor: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: list, eps: float,
+        n: int, slots: tuple,
     ) -> Tensor:  # fmt: skip
         out, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
         ctx.shape, ctx.n, ctx.slots = shape, n, slots
@@ -107,8 +107,8 @@ class ChannelNormUse(torch.autograd.Function):
         scale = None
         if ctx.slots[0] is not None:
             product = (g * x.detach().reshape(rows, channels, -1).to(g.dtype)).sum(2)
-            scale = (product - ctx.run.per_channel(mean, rows, channels) * shift) * ctx.run.per_channel(rstd, rows, channels)
-            scale = scale.unflatten(0, (ctx.n, -1)).sum(1)
+            mean, rstd = (ctx.run.per_channel(statistic, rows, channels) for statistic in (mean, rstd))
+            scale = ((product - mean * shift) * rstd).unflatten(0, (ctx.n, -1)).sum(1)
         _deliver(ctx.slots, scale, shift.unflatten(0, (ctx.n, -1)).sum(1))
         return None, grad, None, None, None
 
