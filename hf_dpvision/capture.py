@@ -307,6 +307,13 @@ def _repeated_row(theta: Theta, output: Tensor) -> Theta | None:
 
 def _refuse_batch_statistics(function: Callable, args: tuple, kwargs: dict) -> None:
     """Normalisation over the batch lets every example influence every other one's gradient."""
+    if function is nn.functional.instance_norm:
+        running = kwargs.get("running_mean", args[1] if len(args) > 1 else None)
+        if running is not None and kwargs.get("use_input_stats", args[5] if len(args) > 5 else True):
+            raise MixingRefused(
+                f"InstanceNorm over {tuple(args[0].shape)} with track_running_stats=True in training mode: it records "
+                "a mean over the batch, which would be released without noise. Use track_running_stats=False."
+            )
     if function is nn.functional.batch_norm or function is torch.batch_norm:
         training = kwargs.get("training", args[5] if len(args) > 5 else False)
         if training:

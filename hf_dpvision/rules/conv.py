@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .affine import WORKSPACE_ELEMENTS, AffineShape, ghost_squared_norms, scaled
+from .affine import WORKSPACE_ELEMENTS, AffineShape, ghost_squared_norms, scaled, with_product_margin
 from .generic import generic
 from .gradients import PerExampleGradient, keep_examples, wide
 from .linear import autocast_operands, bias_gradients
@@ -52,6 +52,17 @@ class Geometry:
         return x.flatten(2 + spatial).flatten(2, 1 + spatial)
 
 
+    def patch_norms(self, x: Tensor) -> Tensor:
+        """Norms of the patches of `unfold`, `[n, g, t]`, without forming them."""
+        squares = x.square().unflatten(1, (self.groups, -1)).sum(2).flatten(0, 1).unsqueeze(1)
+        ones = x.new_ones(1, 1, *self.kernel)
+        no_output_padding = (0,) * len(self.stride)
+        sums = torch.convolution(
+            squares, ones, None, self.stride, self.padding, self.dilation, False, no_output_padding, 1
+        )
+        return sums.clamp(min=0).sqrt().flatten(1).unflatten(0, (-1, self.groups))
+
+
 class ConvGradient(PerExampleGradient):
     """Per-example weight gradients of a convolution, held as input and output gradient."""
 
@@ -85,6 +96,13 @@ class ConvGradient(PerExampleGradient):
     def kept(self, examples: Tensor) -> ConvGradient:
         x, output_grad = keep_examples(self.x, examples), keep_examples(self.output_grad, examples)
         return ConvGradient(x, output_grad, self.weight, self.geometry)
+
+    def squared_norms(self) -> Tensor:
+        if self.geometry.transposed:
+            return super().squared_norms()
+        x, output_grad, _ = self._wide()
+        rows = torch.linalg.vector_norm(output_grad.flatten(2).unflatten(1, (self.geometry.groups, -1)), dim=2)
+        return with_product_margin(super().squared_norms(), (rows * self.geometry.patch_norms(x)).sum((1, 2)))
 
     def ghost_squared_norms(self) -> Tensor:
         x, output_grad, _ = self._wide()

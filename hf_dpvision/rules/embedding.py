@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .affine import AffineShape, scaled
+from .affine import AffineShape, scaled, with_ghost_margin
 from .generic import generic
 from .gradients import PerExampleGradient, keep_examples, wide
 
@@ -44,7 +44,8 @@ class Scatter(PerExampleGradient):
         """`sum_ts [index_t = index_s] <g_t, g_s>` (Li et al. 2021, arXiv:2110.05679, appendix F)."""
         index, grad = self._masked(None)
         same = index.unsqueeze(2) == index.unsqueeze(1)
-        return ((grad @ grad.transpose(1, 2)) * same).sum((1, 2)).clamp_(min=0)
+        norms = ((grad @ grad.transpose(1, 2)) * same).sum((1, 2)).clamp_(min=0)
+        return with_ghost_margin(norms, torch.linalg.vector_norm(grad, dim=-1).sum(1))
 
 
 class EmbeddingUse(torch.autograd.Function):
