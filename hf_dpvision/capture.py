@@ -247,7 +247,8 @@ class Interception(TorchFunctionMode):
         involved = list(_tensors((args, kwargs)))
         thetas = [theta for theta in map(self.theta, involved) if theta is not None]
         batched = any(tensor in self.batched for tensor in involved)
-        _refuse_batch_statistics(function, args, kwargs)
+        if not thetas or batched:  # statistics of a parameter alone, as in weight standardisation, mix nothing
+            _refuse_batch_statistics(function, args, kwargs)
         if not thetas or not torch.is_grad_enabled():
             result = function(*args, **kwargs)
             if batched and function not in _FACTORIES:

@@ -28,7 +28,7 @@ def squared_rows(tensor: Tensor) -> Tensor:
     In blocks, because one float32 accumulation over 10^7 numbers was seen to lose 4e-4 of a norm; by `vector_norm`,
     because it is the fastest reduction and makes no temporary of the tensor's size.
     """
-    blocks = tensor.flatten(1).split(2**16, dim=1)
+    blocks = tensor.reshape(len(tensor), -1).split(2**16, dim=1)
     return sum(torch.linalg.vector_norm(block, dim=1).square() for block in blocks)
 
 
@@ -68,7 +68,7 @@ class Instantiated(PerExampleGradient):
     def weighted_sum(self, factors: Tensor | None) -> Tensor:
         if factors is None:
             return self.gradients.sum(0)
-        flat = self.gradients.flatten(1)
+        flat = self.gradients.reshape(len(self.gradients), -1)
         return torch.mv(flat.t(), factors.to(flat.dtype)).view(self.gradients.shape[1:])
 
     def kept(self, examples: Tensor) -> Instantiated:
