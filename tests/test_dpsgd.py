@@ -87,7 +87,7 @@ def test_no_tensor_outlives_the_call(passes):
     before = alive()
     for _ in range(3):
         clipped_gradient(model, loss, batch, clipping=FLAT, backward_passes=passes)
-    assert alive() == before
+    assert alive() <= before
 
 
 def test_unused_parameter_gets_a_zero_sum():

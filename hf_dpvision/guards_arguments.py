@@ -1,0 +1,195 @@
+"""The table of training arguments that cannot be combined with private training, and why.
+
+Nothing is spent yet when it is consulted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from transformers.trainer_utils import HubStrategy, SaveStrategy, SchedulerType
+from transformers.training_args import DebugOption, OptimizerNames
+
+from .errors import ArgumentRefused
+from .training_args import DPTrainingArguments
+
+
+SELECTION = "it chooses by metrics on evaluation data that the guarantee does not cover"
+PUBLIC = 'If everyone may see the evaluation data, say so with eval_data="public"; otherwise keep the last checkpoint.'
+SHARDED = "gradients are sharded or fused before single examples can be clipped"
+ONE_DEVICE = "Use one process per device with plain torchrun or accelerate launch."
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One line of the table of refused arguments."""
+
+    name: str
+    refused: Callable[[DPTrainingArguments], bool]
+    why: str
+    remedy: str
+    only_private: bool = False  # a leak rather than wrong arithmetic: allowed with disable_dp
+
+
+_FUSED_BACKWARD = {
+    OptimizerNames.LOMO,
+    OptimizerNames.ADALOMO,
+    OptimizerNames.GALORE_ADAMW_LAYERWISE,
+    OptimizerNames.GALORE_ADAMW_8BIT_LAYERWISE,
+    OptimizerNames.GALORE_ADAFACTOR_LAYERWISE,
+    OptimizerNames.APOLLO_ADAMW_LAYERWISE,
+}
+_PLATEAU = {SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY}
+
+
+def has_private_metrics(args: DPTrainingArguments) -> bool:
+    """Whether metrics on the evaluation data may not be seen by everyone."""
+    return args.eval_data != "public"
+
+
+def _accumulates(args: DPTrainingArguments) -> bool:
+    inner = args.accelerator_config.gradient_accumulation_kwargs or {}
+    return args.gradient_accumulation_steps != 1 or inner.get("num_steps", 1) != 1
+
+
+_TABLE = (
+    _Row(
+        "gradient_accumulation_steps",
+        _accumulates,
+        "one optimizer step is one Poisson-sampled logical batch, cut into microbatches automatically",
+        "Leave it at 1 and set logical_batch_size; per_device_train_batch_size is what fits the device.",
+    ),
+    _Row(
+        "max_grad_norm",
+        lambda args: bool(args.max_grad_norm),
+        "it would clip the gradient after the noise was added and shrink every update",
+        "Leave it at 0; the bound of the guarantee is per_sample_max_grad_norm.",
+    ),
+    _Row(
+        "fp16",
+        lambda args: args.fp16,
+        "loss scaling changes the norms of single examples, and skipped steps depend on private data",
+        "Use bf16=True or full precision.",
+    ),
+    _Row(
+        "auto_find_batch_size",
+        lambda args: args.auto_find_batch_size,
+        "it restarts the loop with the weights already trained, and steps would go uncounted",
+        "Lower per_device_train_batch_size; it does not change the result.",
+    ),
+    _Row(
+        "torch_compile",
+        lambda args: args.torch_compile,
+        "compiled code hides the operations whose per-example gradients are clipped",
+        "Leave it off.",
+    ),
+    _Row(
+        "activation_checkpointing",
+        lambda args: bool(args.activation_checkpointing or args.gradient_checkpointing),
+        "the recomputed forward pass would be captured a second time",
+        "Leave it off and lower per_device_train_batch_size, or set backward_passes=2, which needs less memory.",
+    ),
+    _Row("deepspeed", lambda args: bool(args.deepspeed), SHARDED, ONE_DEVICE),
+    _Row("fsdp", lambda args: bool(args.fsdp), SHARDED, ONE_DEVICE),
+    _Row("parallelism_config", lambda args: args.parallelism_config is not None, SHARDED, ONE_DEVICE),
+    _Row(
+        "use_liger_kernel",
+        lambda args: args.use_liger_kernel,
+        "it replaces modules by fused kernels that no per-example rule sees into",
+        "Leave it off.",
+    ),
+    _Row(
+        "neftune_noise_alpha",
+        lambda args: args.neftune_noise_alpha is not None,
+        "it hooks the embedding of a language model; in a vision model that is the patch projection",
+        "Leave it unset.",
+    ),
+    _Row(
+        "optim",
+        lambda args: args.optim in _FUSED_BACKWARD,
+        "it updates parameters inside the backward pass, before clipping and noise",
+        'Use an optimizer that steps after the backward pass, such as "adamw_torch" or "sgd".',
+    ),
+    _Row(
+        "train_sampling_strategy",
+        lambda args: args.train_sampling_strategy != "random",
+        "the accounting holds for Poisson sampling only",
+        "Leave it unset: logical batches are always Poisson-sampled.",
+    ),
+    _Row(
+        "dataloader_drop_last",
+        lambda args: args.dataloader_drop_last,
+        "there is no last batch to drop: every logical batch is an independent draw",
+        "Leave it off.",
+    ),
+    _Row(
+        "ignore_data_skip",
+        lambda args: args.ignore_data_skip,
+        "a resumed epoch would use the draws of its first steps again, which the accounting counts as independent",
+        "Leave it off; skipping costs no data loading here.",
+    ),
+    _Row(
+        "include_num_input_tokens_seen",
+        lambda args: args.include_num_input_tokens_seen != "no",
+        "it logs the realised batch sizes, which depend on who was sampled",
+        "Leave it off; logical_batch_size is the public figure.",
+    ),
+    _Row(
+        "lr_scheduler_type",
+        lambda args: args.lr_scheduler_type in _PLATEAU and has_private_metrics(args),
+        SELECTION,
+        'Use a schedule that depends on the step alone, such as "cosine". ' + PUBLIC,
+        only_private=True,
+    ),
+    _Row(
+        "load_best_model_at_end",
+        lambda args: args.load_best_model_at_end and has_private_metrics(args),
+        SELECTION,
+        PUBLIC,
+        only_private=True,
+    ),
+    _Row(
+        "save_strategy",
+        lambda args: args.save_strategy == SaveStrategy.BEST and has_private_metrics(args),
+        SELECTION,
+        PUBLIC,
+        only_private=True,
+    ),
+    _Row(
+        "metric_for_best_model",
+        lambda args: args.metric_for_best_model is not None and has_private_metrics(args),
+        SELECTION,
+        PUBLIC,
+        only_private=True,
+    ),
+    _Row(
+        "debug",
+        lambda args: DebugOption.UNDERFLOW_OVERFLOW in args.debug,
+        "it prints statistics of the activations of private examples",
+        "Debug with disable_dp=True on data that is not private.",
+        only_private=True,
+    ),
+    _Row(
+        "hub_strategy",
+        lambda args: args.push_to_hub and args.hub_strategy in {HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS},
+        "it uploads whole checkpoints, with random number generator states and the trainer's log, unchecked",
+        'Use hub_strategy="end" or "every_save".',
+    ),
+)
+
+
+def refuse_arguments(args: DPTrainingArguments) -> None:
+    """Raise for the first argument that cannot be combined with private training.
+
+    Raises:
+        ArgumentRefused: naming the argument, its value, the reason and the way out.
+    """
+    if not isinstance(args, DPTrainingArguments):
+        raise ArgumentRefused(
+            f"args is a {type(args).__name__}, which says neither how much noise to add nor which budget to keep. "
+            "Pass a DPTrainingArguments."
+        )
+    for row in _TABLE:
+        if row.refused(args) and not (row.only_private and args.disable_dp):
+            raise ArgumentRefused(f"{row.name}={getattr(args, row.name)!r}: {row.why}. {row.remedy}")

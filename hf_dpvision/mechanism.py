@@ -1,0 +1,152 @@
+"""What one logical step does to a batch: with privacy, and without it for the baseline."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .accounting import Ledger
+from .clipping import Clipping
+from .dpsgd import PerExampleLoss, clipped_gradient
+from .errors import BudgetExceeded
+from .noise import NoiseSource, add_noise
+from .rules.cost import NormRule
+from .sampling import KEY_BYTES, new_key
+
+
+class Randomness(Protocol):
+    """Where the sampling key and the noise come from."""
+
+    secret: bool
+
+    def sampling_key(self, train_call: int) -> bytes:
+        """Return the key of the draws of the `train_call`-th call of `train()`."""
+
+    def noise_source(self, device: torch.device) -> NoiseSource:
+        """Return the source of all noise of one trainer."""
+
+
+class SystemRandomness:
+    """The operating system's entropy: nothing can be repeated, nothing is saved."""
+
+    secret = True
+
+    def sampling_key(self, train_call: int) -> bytes:
+        return new_key()
+
+    def noise_source(self, device: torch.device) -> NoiseSource:
+        return NoiseSource.from_os_entropy(device)
+
+
+@dataclass(frozen=True)
+class FixedRandomness:
+    """Repeatable draws and noise for tests. It protects nothing, and the statement of the run says so."""
+
+    seed: int
+    secret = False
+
+    def sampling_key(self, train_call: int) -> bytes:
+        return hashlib.blake2b(f"{self.seed} {train_call}".encode(), digest_size=KEY_BYTES).digest()
+
+    def noise_source(self, device: torch.device) -> NoiseSource:
+        return NoiseSource.for_tests(self.seed, device)
+
+
+class Mechanism(Protocol):
+    """The three things a logical step asks for."""
+
+    def sum_gradients(self, model: nn.Module, per_example_loss: PerExampleLoss, batch: Any) -> dict[str, Tensor]:
+        """Return parameter name -> sum over the examples of one microbatch."""
+
+    def charge(self) -> None:
+        """Account for one step; called before anything of it is released, also when the batch is empty."""
+
+    def add_noise(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return what may be released of the sums over one logical batch; called once per step, in one process."""
+
+
+class PrivateMechanism:
+    """DP-SGD on Poisson-sampled batches (Abadi et al. 2016, arXiv:1607.00133, Algorithm 1).
+
+    Guarantee: the sums returned by `add_noise` have had Gaussian noise of standard deviation
+    `noise_multiplier * clipping.sensitivity()` added, and `ledger` has an event for each of them.
+
+    Args:
+        clipping, norm_rule, backward_passes: as for `clipped_gradient`.
+        noise_multiplier: sigma, without unit.
+        sample_rate: probability with which each example takes part in a step.
+        planned_steps: most events that `ledger` may hold.
+        ledger: events so far; continued, never reset.
+        noise: drawn from once per parameter and step.
+    """
+
+    def __init__(
+        self,
+        *,
+        clipping: Clipping,
+        norm_rule: NormRule,
+        backward_passes: int,
+        noise_multiplier: float,
+        sample_rate: float,
+        planned_steps: int,
+        ledger: Ledger,
+        noise: NoiseSource,
+    ) -> None:
+        self.clipping = clipping
+        self.noise_multiplier = noise_multiplier
+        self.sample_rate = sample_rate
+        self.planned_steps = planned_steps
+        self.ledger = ledger
+        self._norm_rule = norm_rule
+        self._backward_passes = backward_passes
+        self._noise = noise
+
+    def sum_gradients(self, model: nn.Module, per_example_loss: PerExampleLoss, batch: Any) -> dict[str, Tensor]:
+        """Return the sum of clipped gradients; see `clipped_gradient`."""
+        return clipped_gradient(
+            model,
+            per_example_loss,
+            batch,
+            clipping=self.clipping,
+            norm_rule=self._norm_rule,
+            backward_passes=self._backward_passes,
+        ).gradients
+
+    def charge(self) -> None:
+        """Put one step into the ledger.
+
+        Raises:
+            BudgetExceeded: all planned steps have been charged.
+        """
+        if self.ledger.steps >= self.planned_steps:
+            raise BudgetExceeded(
+                f"Step {self.ledger.steps + 1} would exceed the {self.planned_steps} planned steps, for which the "
+                "claimed epsilon holds. Plan more steps from the start."
+            )
+        self.ledger.charge(self.sample_rate, self.noise_multiplier)
+
+    def add_noise(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the sums plus noise; see `noise.add_noise`."""
+        return add_noise(sums, self.noise_multiplier * self.clipping.sensitivity(), self._noise)
+
+
+class WithoutPrivacy:
+    """Plain gradients through the same data path: no clipping, no noise, epsilon infinite."""
+
+    def sum_gradients(self, model: nn.Module, per_example_loss: PerExampleLoss, batch: Any) -> dict[str, Tensor]:
+        """Return the gradients of the summed loss by ordinary autograd, zeros for what was not used."""
+        names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
+        total = per_example_loss(model, batch).sum()
+        gradients = torch.autograd.grad(total, parameters, allow_unused=True, materialize_grads=True)
+        return dict(zip(names, gradients, strict=True))
+
+    def charge(self) -> None:
+        """Nothing is accounted for."""
+
+    def add_noise(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the sums as they are."""
+        return sums

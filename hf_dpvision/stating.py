@@ -1,0 +1,133 @@
+"""The half of the trainer that speaks: what it claims, logs, evaluates and writes into files."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, Trainer
+from transformers.trainer_utils import TrainOutput, _is_peft_model, unwrap_peft_model
+
+from . import guards
+from .accounting import Bounds, Ledger
+from .checkpoints import load_strictly
+from .model_card import write_model_card
+from .progress import strip_private
+from .run import PrivacyRun
+from .statement import RunRecord, make_statement, public_settings, write_statement
+from .training_args import DPTrainingArguments
+
+
+class StatingTrainer(Trainer):
+    """A `Trainer` that lets nothing leave which depends on the sampled examples, but through the noisy gradient.
+
+    Attributes:
+        args: the training and privacy arguments.
+    """
+
+    args: DPTrainingArguments
+    _run: PrivacyRun  # set by the trainer that trains
+
+    def epsilon(self, delta: float | None = None) -> Bounds:
+        """Return epsilon of the steps charged so far, at `delta` (by default `target_delta`)."""
+        return self._run.epsilon(self.args, delta)
+
+    def planned_claim(self) -> str:
+        """Return in words what the run claims once it has carried out its plan."""
+        return self._record(self._run.planned_ledger()).claim()
+
+    def privacy_statement(self) -> dict[str, Any]:
+        """Return what is true of the weights now: the content of `privacy.json`."""
+        return make_statement(self._record(self._run.ledger), self.model)
+
+    def _record(self, ledger: Ledger) -> RunRecord:
+        return self._run.record(self.args, ledger, None if self._config is None else _public_name(self._config))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log without anything that depends on the sampled examples; training logs get epsilon instead."""
+        private = self._run.plan is not None and not self._run.without_privacy
+        if strip_private(logs) and private and self.is_world_process_zero():
+            logs["epsilon"] = self._run.epsilon_to_show(self.args.accountant)
+        super().log(logs, start_time)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Evaluate as `Trainer` does, but not on the training set, whose metrics would be logged.
+
+        Raises:
+            ArgumentRefused: `eval_dataset` is the training set.
+        """
+        chosen = self.eval_dataset if eval_dataset is None else eval_dataset
+        guards.refuse_evaluation_on_training_data(chosen, self.train_dataset, self.args)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def _finalize_training(self, trial: Any, num_train_samples: float, start_time: float) -> TrainOutput:
+        output = super()._finalize_training(trial, num_train_samples, start_time)
+        return TrainOutput(output.global_step, math.nan, output.metrics)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if self.args.should_save:
+            write_statement(output_dir or self.args.output_dir, self.privacy_statement())
+        super()._save(output_dir, state_dict)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.args.push_to_hub and self.args.should_save:
+            # hub_strategy="every_save" uploads the output folder: statement and card must be there with the weights
+            write_statement(self.args.output_dir, self.privacy_statement())
+            self.create_model_card()
+        super()._save_checkpoint(model, trial)
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write the card into `output_dir`, made from the privacy statement; the arguments are those of `Trainer`.
+
+        `language`, `tags`, `tasks` and `dataset_args` are accepted for its callers and not used.
+        """
+        if self.is_world_process_zero():
+            datasets = dataset_tags or dataset or ()
+            write_model_card(
+                self.args.output_dir,
+                self.privacy_statement(),
+                model_name=model_name or Path(self.args.output_dir).name,
+                base_model=finetuned_from,
+                datasets=[datasets] if isinstance(datasets, str) else list(datasets),
+                license=license,
+                library_name="peft" if _is_peft_model(self.model) else "transformers",
+                training=public_settings(self.args),
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if _is_peft_model(self.model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_strictly(self.model if model is None else model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if _is_peft_model(self.model):
+            super()._load_best_model()
+        else:
+            load_strictly(self.model, self.state.best_model_checkpoint)
+
+    @property
+    def _config(self) -> PreTrainedConfig | None:
+        config = getattr(unwrap_peft_model(self.model), "config", None)
+        return config if isinstance(config, PreTrainedConfig) else None
+
+
+def _public_name(config: PreTrainedConfig) -> str | None:
+    """Return the Hub id of what was fine-tuned; of a local folder only the last part, the rest is about a machine."""
+    name = config.name_or_path
+    return (Path(name).name if Path(name).exists() else name) or None

@@ -1,0 +1,313 @@
+"""`DPTrainer`: transformers' `Trainer` in which one training step is one step of DP-SGD."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate.utils.memory import clear_device_cache
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import TrainOutput, seed_worker
+
+from . import guards, processes
+from .collector import zeros
+from .data.labels import refuse_labels
+from .errors import ArgumentRefused
+from .guards_arguments import refuse_arguments
+from .losses import model_losses
+from .mechanism import Mechanism, Randomness, SystemRandomness
+from .models import load_model
+from .probe import describe_example, random_examples
+from .progress import ClaimAtStart, PrivacyProgress
+from .run import PrivacyRun
+from .sampling import LogicalBatch, LogicalBatchIndices, LogicalBatchLoader, MicrobatchStream, PoissonSampler
+from .self_check import self_check
+from .stating import StatingTrainer
+from .training_args import DPTrainingArguments
+
+
+logger = logging.getLogger(__name__)
+
+_CHECKED_EXAMPLES = 3
+
+
+class DPTrainer(StatingTrainer):
+    """Fine-tune an image classifier with differential privacy.
+
+    Guarantee: the weights, optimizer state and logs after every step are together `(epsilon, delta)`-differentially
+    private for `trainer.epsilon(delta).upper`, under zero-out adjacency with a public data set size. Each step draws a
+    Poisson-sampled logical batch, clips each example's gradient, charges the ledger, adds Gaussian noise once and
+    divides by the expected batch size.
+
+    Args:
+        model: a transformers model, a PEFT model, a timm model (wrapped for transformers), or any other module whose
+            forward takes the inputs by name and returns logits.
+        args: the training and privacy arguments.
+        compute_loss_func: as in `Trainer`, `(outputs, labels, num_items_in_batch)`, but it returns one loss per
+            example, `[n]`, each computed from that example alone.
+        randomness: for tests only; without secret randomness the statement of the run claims nothing.
+
+        All others as in `Trainer`.
+
+    Raises:
+        RefusedError: an argument, the launcher's environment, the model or the data cannot be used; before step 0.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: DPTrainingArguments | None = None,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        model_init: Callable[..., nn.Module] | None = None,
+        compute_loss_func: Callable[..., Tensor] | None = None,
+        compute_metrics: Callable[..., dict[str, float]] | None = None,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+        *,
+        randomness: Randomness | None = None,
+    ) -> None:
+        refuse_arguments(args)
+        guards.refuse_optimizer(optimizers[0])
+        if args.n_gpu > 1:
+            logger.warning("One process sees %d GPUs and uses one of them; start one process per GPU.", args.n_gpu)
+            args._n_gpu = 1  # otherwise Trainer wraps the model in DataParallel
+        super().__init__(
+            model=model if model is None else _ready(model, args),
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            model_init=model_init,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        )
+        self._refuse()
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(PrivacyProgress)
+        self.add_callback(ClaimAtStart(self.planned_claim))
+        self._run = PrivacyRun(randomness or SystemRandomness(), args.device)
+        self._mechanism: Mechanism | None = None
+        self._stream: MicrobatchStream | None = None
+
+    # The run
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Train as `Trainer.train` does; a second call continues the ledger.
+
+        The returned `training_loss` is NaN: the loss on private data is not computed.
+
+        Raises:
+            RefusedError: before the first step, with nothing spent.
+            BudgetExceeded: the noise was calibrated for fewer steps than this call would add up to.
+        """
+        if resume_from_checkpoint or trial is not None:
+            raise ArgumentRefused(
+                f"{resume_from_checkpoint=}, {trial=}: what the earlier run spent would not be in the ledger, so "
+                "epsilon would be under-reported. Resuming comes with the next release; until then train in one go."
+            )
+        self._refuse()
+        guards.refuse_model(self.model)
+        dataset_size = guards.refuse_dataset(self.train_dataset, self.args)
+        if self._config is not None and self._config.problem_type in (None, "single_label_classification"):
+            refuse_labels(self.train_dataset, self._config.num_labels)
+        self._check_clipping()
+        self._mechanism = self._run.start(self.args, dataset_size)
+        try:
+            return super().train(ignore_keys_for_eval=ignore_keys_for_eval)
+        finally:
+            self._stream = None  # ends the workers
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: every trial looks at the private data, and the best one is chosen by it.
+
+        Raises:
+            ArgumentRefused: always.
+        """
+        raise ArgumentRefused(
+            "hyperparameter_search: every trial spends privacy, and no ledger of this trainer would count it. Choose "
+            "hyper-parameters on public data, or run the trials one by one and add up their epsilons."
+        )
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Build the model as `Trainer` does, and make it ready."""
+        return _ready(super().call_model_init(trial), self.args)
+
+    def _refuse(self) -> None:
+        refuse_arguments(self.args)
+        guards.refuse_accelerator(self.accelerator)
+        guards.refuse_callbacks(self.callback_handler.callbacks, self.args)
+
+    def _check_clipping(self) -> None:
+        """Look at one example's shape and, unless switched off, compare clipping with a loop on random examples."""
+        (label_name,) = self.args.label_names
+        description = describe_example(self.train_dataset, self._collator(), label_name)
+        if self.args.self_check and not self.args.disable_dp:
+            self.model.train()
+            self_check(
+                _in_full_precision(self.model),
+                self.per_sample_loss,
+                random_examples(description, _CHECKED_EXAMPLES, label_name, self.args.device),
+                norm_rule=self.args.norm_rule,
+                backward_passes=self.args.backward_passes,
+            )
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: DataLoader | None = None) -> nn.Module:
+        """Place the model and switch autocast on, but never wrap it: gradients cross processes in `training_step`."""
+        if not training:
+            return super()._wrap_model(model, training=False, dataloader=dataloader)
+        return self.accelerator.prepare_model(model, evaluation_mode=True)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: Any) -> Any:
+        if max_steps != self._run.plan.steps:
+            raise ArgumentRefused(
+                f"Trainer would run {max_steps} steps and {self._run.plan.steps} were planned and accounted for. "
+                "Leave get_train_dataloader and set_initial_training_values as they are."
+            )
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        processes.same_weights(self.model)
+        return prepared
+
+    # The data
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the loader whose items are index lists of logical batches; see `get_batch_samples`."""
+        args, dataset_size = self.args, guards.refuse_dataset(self.train_dataset, self.args)
+        key = processes.same_key(self._run.next_sampling_key(), args.device)
+        sampler = PoissonSampler(key, dataset_size, args.logical_batch_size / dataset_size)
+        steps_per_epoch = math.ceil(dataset_size / args.logical_batch_size)
+        indices = LogicalBatchIndices(sampler, steps_per_epoch, args.process_index, args.world_size)
+        self._stream = MicrobatchStream(self._example_loader, args.per_device_train_batch_size)
+        return LogicalBatchLoader(indices, dataset_size)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Sequence[int]], num_batches: int, device: torch.device
+    ) -> tuple[list[LogicalBatch], None]:
+        """Return the next logical batch, whose examples are loaded while it is iterated over; it may be empty."""
+        batch = self._stream.next_logical_batch(epoch_iterator)
+        return ([] if batch is None else [batch]), None
+
+    def get_total_train_batch_size(self, args: DPTrainingArguments) -> int:
+        """Return the expected logical batch size."""
+        return args.logical_batch_size
+
+    def _collator(self) -> Callable[[list[Any]], Any]:
+        return self._get_collator_with_removed_columns(self.data_collator, description="training")
+
+    def _example_loader(self, batch_sampler: Any) -> DataLoader:
+        args = self.args
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=batch_sampler,
+            collate_fn=self._collator(),
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
+        )
+
+    # The loss
+
+    def per_sample_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """Return one loss per example, `[n]`: what is differentiated, clipped and summed."""
+        return self._losses_and_outputs(model, inputs)[0]
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the mean loss of a batch, for evaluation; training uses `per_sample_loss`."""
+        losses, outputs = self._losses_and_outputs(model, inputs)
+        return (losses.mean(), outputs) if return_outputs else losses.mean()
+
+    def _losses_and_outputs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+        return model_losses(
+            model,
+            inputs,
+            label_name=self.args.label_names[0],
+            problem_type=None if self._config is None else self._config.problem_type,
+            smoothing=self.args.label_smoothing_factor,
+            compute_loss_func=self.compute_loss_func,
+        )
+
+    # The step
+
+    def training_step(self, model: nn.Module, inputs: LogicalBatch, num_items_in_batch: Any = None) -> Tensor:
+        """Write the private gradient of one logical batch into `.grad` of every trainable parameter.
+
+        Also for an empty batch, which is a step of pure noise. Returns zero: the loss on private data is not computed.
+
+        Raises:
+            BudgetExceeded: all planned steps have been charged.
+        """
+        model.train()
+        self.optimizer.train()
+        if self.args.torch_empty_cache_steps and self.state.global_step % self.args.torch_empty_cache_steps == 0:
+            clear_device_cache()
+        sums = self._sum_over_microbatches(model, inputs)
+        self._mechanism.charge()
+        noisy = self._mechanism.add_noise(sums) if self.args.process_index == 0 else sums
+        mean = {name: value / self._run.plan.expected_batch_size for name, value in processes.total(noisy).items()}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.grad = mean[name].to(parameter.dtype)
+        return torch.zeros((), device=self.args.device)
+
+    def _sum_over_microbatches(self, model: nn.Module, batch: LogicalBatch) -> dict[str, Tensor]:
+        sums = zeros({name: p for name, p in model.named_parameters() if p.requires_grad})
+        for microbatch in batch:
+            with self.compute_loss_context_manager():
+                part = self._mechanism.sum_gradients(model, self.per_sample_loss, self._prepare_inputs(microbatch))
+            for name, value in part.items():
+                sums[name] += value
+        return sums
+
+    def _clip_grad_norm(self, model: nn.Module) -> None:
+        """Do nothing: the gradient is clipped per example, before the noise."""
+
+    def floating_point_ops(self, inputs: LogicalBatch) -> int:
+        """Return 0: a count would tell how many examples were drawn."""
+        return 0
+
+
+def _in_full_precision(model: nn.Module) -> nn.Module:
+    """Return the model, or a copy without the autocast that accelerate has put around its forward."""
+    if "_original_forward" not in vars(model):
+        return model
+    model = copy.deepcopy(model)
+    model.forward = model._original_forward
+    return model
+
+
+def _ready(model: nn.Module, args: DPTrainingArguments) -> nn.Module:
+    """Wrap a timm model for transformers and refuse what cannot be clipped."""
+    model = load_model(model)
+    guards.refuse_model(model)
+    if args.label_smoothing_factor and getattr(model, "config", None) is None:
+        raise ArgumentRefused(
+            f"label_smoothing_factor={args.label_smoothing_factor}: Trainer reads the kind of problem from the "
+            "model's config, and this module has none. Smooth the labels in compute_loss_func instead."
+        )
+    return model

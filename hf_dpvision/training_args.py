@@ -1,0 +1,205 @@
+"""`TrainingArguments` with the privacy arguments. Strings become objects here and only here."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any
+
+from transformers import TrainingArguments
+
+from .clipping import Automatic, Clipping, Flat
+from .errors import ArgumentRefused
+from .rules.cost import NormRule
+
+
+CLIPPING_STYLES = {"flat": Flat, "automatic": Automatic}
+ACCOUNTANTS = ("prv", "pld", "rdp")
+EVAL_DATA = ("private", "public")
+PRIVACY_UNITS = ("example",)
+_NUMBERS = ("target_epsilon", "noise_multiplier", "target_delta", "per_sample_max_grad_norm", "logical_batch_size")
+
+
+@dataclass
+class DPTrainingArguments(TrainingArguments):
+    """Arguments of `DPTrainer`: those of `TrainingArguments`, and the following.
+
+    Exactly one of `target_epsilon` and `noise_multiplier` is given, unless `disable_dp` is set; `target_delta` and
+    `logical_batch_size` are always meant explicitly. Changed defaults: `max_grad_norm` 0 (the bound of the guarantee
+    is `per_sample_max_grad_norm`), `remove_unused_columns` False (images are transformed on the fly), `label_names`
+    `["labels"]`, `logging_steps` 10, `save_total_limit` 2, `average_tokens_across_devices` False.
+
+    Raises:
+        ArgumentRefused: A privacy argument is missing, contradicts another one, or is out of range.
+    """
+
+    target_epsilon: float | None = field(
+        default=None,
+        metadata={"help": "Privacy budget: the noise multiplier is calibrated so that epsilon ends at most here."},
+    )
+    noise_multiplier: float | None = field(
+        default=None,
+        metadata={"help": "Noise std divided by the clip norm, instead of target_epsilon."},
+    )
+    target_delta: float | None = field(
+        default=None,
+        metadata={"help": "Delta of the guarantee, below 1 / number of training examples, for example 1e-5."},
+    )
+    per_sample_max_grad_norm: float = field(
+        default=1.0,
+        metadata={"help": "Clip norm C: the most that one example's gradient contributes, in Euclidean norm."},
+    )
+    logical_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Expected number of examples per optimizer step, over all devices. per_device_train_batch_size is "
+            "only what fits a device at once and changes neither the privacy nor the result."
+        },
+    )
+    clipping: str = field(
+        default="flat",
+        metadata={
+            "help": "How gradients of single examples are bounded: 'flat' shortens those above C, 'automatic' "
+            "normalises all of them to about C.",
+            "choices": list(CLIPPING_STYLES),
+        },
+    )
+    norm_rule: NormRule | str = field(
+        default="auto",
+        metadata={
+            "help": "How norms of single examples' gradients are computed: 'auto' by cost, 'mixed' by the rule of "
+            "mixed ghost clipping, 'ghost' or 'instantiate' everywhere. The result is the same."
+        },
+    )
+    backward_passes: int = field(
+        default=1,
+        metadata={"help": "1 keeps what the clipped sum needs; 2 needs less memory and more time.", "choices": [1, 2]},
+    )
+    accountant: str = field(
+        default="prv",
+        metadata={
+            "help": "Which accountant bounds epsilon: 'prv', 'pld' (needs the extra 'verify') or 'rdp'.",
+            "choices": list(ACCOUNTANTS),
+        },
+    )
+    eval_data: str = field(
+        default="private",
+        metadata={
+            "help": "Whether the evaluation data may be seen by everyone. Only then may training react to metrics "
+            "(best checkpoint, early stopping, plateau schedules): the guarantee does not cover them.",
+            "choices": list(EVAL_DATA),
+        },
+    )
+    privacy_unit: str = field(
+        default="example", metadata={"help": "Whom the guarantee protects.", "choices": list(PRIVACY_UNITS)}
+    )
+    disable_dp: bool = field(
+        default=False,
+        metadata={
+            "help": "Train without privacy through the same data path: the baseline to compare with. Epsilon is "
+            "infinite, and the saved statement says so."
+        },
+    )
+    self_check: bool = field(
+        default=True,
+        metadata={"help": "Before training, compare clipped gradients with a loop over random single examples."},
+    )
+
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Must stay 0: it would clip the noisy gradient."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Drop columns that the model's forward does not name."}
+    )
+    label_names: list[str] | None = field(
+        default_factory=lambda: ["labels"], metadata={"help": "The one key of the inputs that holds the labels."}
+    )
+    logging_steps: float = field(
+        default=10, metadata={"help": "Log every so many steps; below 1, a fraction of all steps."}
+    )
+    save_total_limit: int | None = field(default=2, metadata={"help": "Number of checkpoints kept."})
+    average_tokens_across_devices: bool = field(
+        default=False, metadata={"help": "Has no effect: losses are per example."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Counts labels of the realised batches across processes; the loss here is per example and needs no count.
+        self.average_tokens_across_devices = False
+        self._check_choices()
+        self._check_numbers()
+        self._check_batch()
+        if not self.disable_dp:
+            self._check_budget()
+        self.norm_rule = NormRule(self.norm_rule)
+        self.build_clipping()
+
+    def build_clipping(self) -> Clipping:
+        """Return the clipping style as an object; `sensitivity()` is `per_sample_max_grad_norm`."""
+        return CLIPPING_STYLES[self.clipping](max_norm=self.per_sample_max_grad_norm)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the token out of `training_args.bin`, which is uploaded with the model."""
+        return {**self.__dict__, "hub_token": None}
+
+    def _check_choices(self) -> None:
+        allowed = {
+            "clipping": tuple(CLIPPING_STYLES),
+            "norm_rule": tuple(rule.value for rule in NormRule),
+            "backward_passes": (1, 2),
+            "accountant": ACCOUNTANTS,
+            "eval_data": EVAL_DATA,
+            "privacy_unit": PRIVACY_UNITS,
+        }
+        for name, choices in allowed.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ArgumentRefused(f"{name}={value!r} is not known. Choose one of {', '.join(map(repr, choices))}.")
+
+    def _check_numbers(self) -> None:
+        for name in _NUMBERS:
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
+                raise ArgumentRefused(
+                    f"{name}={value!r} is a {type(value).__name__} and not a number. In YAML write 1.0e-5, because "
+                    "1e-5 is read as text."
+                )
+
+    def _check_batch(self) -> None:
+        size = self.logical_batch_size
+        if size is None or not math.isfinite(size) or size != int(size) or size < 1:
+            raise ArgumentRefused(
+                f"logical_batch_size={size!r}: the expected number of examples per optimizer step, over all devices, "
+                "fixes the sample rate and what the noise is divided by, so it must be given as a whole number of at "
+                "least 1. Larger is better for accuracy at a given epsilon; 1000 is a good start for 50,000 images."
+            )
+        self.logical_batch_size = int(size)
+        if self.label_names is None or len(self.label_names) != 1:
+            raise ArgumentRefused(
+                f"label_names={self.label_names!r}: the per-example loss takes its labels from exactly one key of the "
+                "inputs. Leave it at ['labels']."
+            )
+
+    def _check_budget(self) -> None:
+        epsilon, sigma, delta = self.target_epsilon, self.noise_multiplier, self.target_delta
+        if (epsilon is None) == (sigma is None):
+            raise ArgumentRefused(
+                f"target_epsilon={epsilon!r} and noise_multiplier={sigma!r}: exactly one of them decides how much "
+                "noise is added. Give target_epsilon to have the noise calibrated, or noise_multiplier to have "
+                "epsilon computed; disable_dp=True trains without privacy."
+            )
+        if epsilon is not None and not (math.isfinite(epsilon) and epsilon > 0):
+            raise ArgumentRefused(
+                f"target_epsilon={epsilon!r} is not a positive finite number, and no amount of noise reaches it. "
+                "Values from 1 to 8 are usual; disable_dp=True trains without privacy."
+            )
+        if sigma is not None and not (math.isfinite(sigma) and sigma > 0):
+            raise ArgumentRefused(
+                f"noise_multiplier={sigma!r} is not a positive finite number, so nothing would be protected. "
+                "Values from 0.5 to 5 are usual; disable_dp=True trains without privacy."
+            )
+        if delta is None or not 1e-12 <= delta < 0.5:
+            raise ArgumentRefused(
+                f"target_delta={delta!r} must be given, in [1e-12, 0.5) and below 1 / number of training examples: "
+                "it bounds the probability that the guarantee fails altogether. 1e-5 suits up to 10,000 images, "
+                "1e-6 up to 100,000."
+            )

@@ -1,0 +1,29 @@
+"""Settings for all tests: one thread, no network, the same draws in every run."""
+
+from __future__ import annotations
+
+import os
+
+
+# Before anything imports the Hub client, which reads it once.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+
+settings.register_profile(
+    "repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=False
+)
+settings.load_profile("repeatable")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)  # the tensors are tiny; several test processes share the machine
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Random weights and inputs are the same whatever ran before."""
+    torch.manual_seed(0)

@@ -1,0 +1,160 @@
+"""Imports go one way, every heavy dependency has one home, and some habits are not allowed in the package."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from functools import cache
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import hf_dpvision
+
+
+PACKAGE = Path(hf_dpvision.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+# These depend on torch, the standard library and errors, and are audited alone.
+LEAVES = {"noise", "sampling", "clipping", "accounting", "batchnorm"}
+HOMES = {
+    "timm": {"models"},
+    "prv_accountant": {"accounting.prv"},
+    "dp_accounting": {"accounting.pld"},
+    "datasets": {"data", "metrics"},  # metrics: evaluate.Metric declares its columns as datasets.Features
+    "evaluate": {"metrics"},
+    "peft": set(),
+}
+ABOVE_THE_ALGORITHM = {"transformers", "timm", "datasets", "evaluate", "accelerate", "huggingface_hub", "peft", "PIL"}
+
+
+def module_name(file: Path) -> str:
+    """Dotted name inside the package: `accounting.prv`; a package is named by its folder, the root by ''."""
+    parts = file.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+NAMES = {module_name(file) for file in FILES}
+
+
+def imports(file: Path) -> Iterator[tuple[str, bool]]:
+    """Every import, also inside functions: (dotted name, whether it is of this package)."""
+    here = module_name(file).split(".") if file.name != "__init__.py" else [*module_name(file).split("."), ""]
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield _inside(alias.name)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield _inside(node.module)
+        elif isinstance(node, ast.ImportFrom):
+            base = [part for part in here[: len(here) - node.level] if part]
+            base += node.module.split(".") if node.module else []
+            for alias in node.names:
+                deeper = ".".join([*base, alias.name])
+                yield (deeper if deeper in NAMES else ".".join(base)), True
+
+
+def _inside(name: str) -> tuple[str, bool]:
+    root, _, rest = name.partition(".")
+    return (rest, True) if root == PACKAGE.name else (name, False)
+
+
+@cache
+def graph() -> dict[str, set[str]]:
+    """Module -> modules of this package that it imports, without the root, which only offers names."""
+    return {
+        module_name(file): {name for name, inside in imports(file) if inside and name != ""} - {module_name(file)}
+        for file in FILES
+        if module_name(file) != ""
+    }
+
+
+@cache
+def outside(name: str) -> set[str]:
+    """Top-level names of other distributions that a module imports."""
+    file = next(file for file in FILES if module_name(file) == name)
+    return {imported.split(".")[0] for imported, inside in imports(file) if not inside} - set(sys.stdlib_module_names)
+
+
+def everything_below(name: str) -> set[str]:
+    """A module and all modules of this package that it needs, directly or not, with the packages they live in."""
+    edges, found, waiting = graph(), set(), [name]
+    while waiting:
+        module = waiting.pop()
+        if module not in found:
+            found.add(module)
+            waiting += edges.get(module, set())
+            parent = module.rpartition(".")[0]
+            waiting += [parent] if parent else []
+    return found
+
+
+def test_the_walk_sees_the_imports_it_should() -> None:
+    assert "rules.affine" in graph()["rules.cost"]
+    assert "errors" in graph()["clipping.flat"]
+    assert "timm" in outside("models")
+    assert "capture" in everything_below("dpsgd")
+
+
+def test_imports_have_no_cycle() -> None:
+    # a package's __init__ gathers its own files, which may use one another
+    edges = {name: {other for other in others if not name.startswith(f"{other}.")} for name, others in graph().items()}
+    list(TopologicalSorter(edges).static_order())
+
+
+@pytest.mark.parametrize("name", sorted(everything_below("dpsgd")))
+def test_the_algorithm_and_all_below_it_need_torch_alone(name: str) -> None:
+    assert not outside(name) & ABOVE_THE_ALGORITHM
+    assert name.split(".")[0] not in {"trainer", "training_args", "models", "data", "accounting", "noise", "sampling"}
+
+
+@pytest.mark.parametrize("name", sorted(name for name in NAMES if name.split(".")[0] in LEAVES))
+def test_leaves_import_no_other_part(name: str) -> None:
+    own = name.split(".")[0]
+    others = {other.split(".")[0] for other in graph()[name]} - {own, "errors"}
+    assert not others, f"{name} imports {sorted(others)}"
+
+
+def test_errors_import_nothing() -> None:
+    assert not graph()["errors"]
+    assert not outside("errors")
+
+
+@pytest.mark.parametrize("dependency", sorted(HOMES))
+def test_each_heavy_dependency_has_one_home(dependency: str) -> None:
+    users = {name for name in NAMES if name and dependency in outside(name)}
+    strangers = {
+        user for user in users if not any(user == home or user.startswith(f"{home}.") for home in HOMES[dependency])
+    }
+    assert not strangers, f"{dependency} is imported by {sorted(strangers)}"
+
+
+@pytest.mark.parametrize("name", sorted(name for name in NAMES if name and name != "cli"))
+def test_the_trainer_is_imported_by_the_front_doors_only(name: str) -> None:
+    assert "trainer" not in graph()[name]
+    assert "cli" not in graph()[name]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_forbidden_habits(file: Path) -> None:
+    for node in ast.walk(ast.parse(file.read_text())):
+        where = f"{file.relative_to(PACKAGE)}:{getattr(node, 'lineno', 0)}"
+        assert not isinstance(node, ast.Assert), f"{where}: assert vanishes under -O; raise an error"
+        assert not isinstance(node, (ast.Global, ast.Nonlocal)), f"{where}: pass state on, in an object"
+        if isinstance(node, ast.ExceptHandler):
+            caught = ast.unparse(node.type) if node.type else ""
+            raises = any(isinstance(inner, ast.Raise) for inner in ast.walk(node))
+            assert caught not in {"", "BaseException"}, f"{where}: catch the errors you expect, by name"
+            assert caught != "Exception" or raises, f"{where}: an unknown error must not be swallowed"
+        if isinstance(node, ast.Name):
+            assert node.id not in {"NotImplementedError", "setattr"}, f"{where}: {node.id}"
+        if isinstance(node, ast.ImportFrom):
+            assert all(alias.name != "*" for alias in node.names), f"{where}: import names, not everything"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_no_unfinished_business(file: Path) -> None:
+    text = file.read_text()
+    for mark in ("TODO", "FIXME", "XXX"):
+        assert mark not in text
