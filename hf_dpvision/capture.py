@@ -21,95 +21,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .errors import CaptureError, MixingRefused
+from .uses import Slot, Theta, Uses
 
 
 Batch = Mapping[str, Any] | Sequence[Any]
-
-
-@dataclass(frozen=True, eq=False)
-class Theta:
-    """A tensor computed from trainable parameters alone.
-
-    Attributes:
-        tensor: the tensor, with the autograd graph that leads back to its parameters.
-        sources: qualified names of those parameters.
-        isometric: it only re-arranges the entries of its sources, each exactly once, so norms carry over.
-        row: where it repeats another theta along dimension 0, as `cls_token.expand(n, -1, -1)` does, that one.
-    """
-
-    tensor: Tensor
-    sources: frozenset[str]
-    isometric: bool
-    row: Theta | None = None
-
-
-@dataclass(eq=False)
-class Slot:
-    """One trainable tensor's part in one use: the address to which its per-example gradients are delivered.
-
-    Attributes:
-        theta: the trainable tensor.
-        operation: name of the torch function, for plans and messages.
-        shape: the sizes that decide between ghost and instantiate; None for uses that are always instantiated.
-        uses: where it is recorded.
-        generic: no rule of its own covers the operation: exact, but slow.
-    """
-
-    theta: Theta
-    operation: str
-    shape: Any
-    uses: Uses
-    generic: bool = False
-
-    def receive(self, gradient: Any) -> None:
-        """Called by a rule during the backward pass with a `PerExampleGradient`."""
-        self.uses.deliver(self, gradient)
-
-
-class Uses:
-    """What a captured forward pass leaves behind: every use of every trainable parameter by the batch."""
-
-    def __init__(self, parameters: Mapping[str, nn.Parameter], n: int) -> None:
-        self.parameters = dict(parameters)
-        self.n = n
-        self.slots: list[Slot] = []
-        first = next(iter(self.parameters.values()))
-        # A leaf that makes every use part of the graph, also where the activation needs no gradient.
-        self.anchor = torch.zeros((), device=first.device, requires_grad=True)
-        self._receiver: Callable[[Slot, Any], None] | None = None
-
-    def deliver(self, slot: Slot, gradient: Any) -> None:
-        """Pass one slot's per-example gradients on to whoever runs the backward pass."""
-        if self._receiver is None:
-            raise CaptureError(
-                f"{slot.operation} on {sorted(slot.theta.sources)}: gradients arrived outside of Uses.backward; "
-                "call .backward() neither on the losses nor on anything computed from them."
-            )
-        self._receiver(slot, gradient)
-
-    def backward(self, losses: Tensor, weights: Tensor, receiver: Callable[[Slot, Any], None], retain: bool) -> None:
-        """One backward pass of `sum_n weights[n] * losses[n]`, each use's gradients going to `receiver`.
-
-        Guarantee: every path from the losses to a trainable parameter went through a captured use; otherwise autograd
-        finds an ordinary gradient for that parameter, which is refused here, and nothing is returned.
-
-        Raises:
-            CaptureError: a trainable parameter received an ordinary gradient.
-        """
-        self._receiver = receiver
-        try:
-            leaves = [self.anchor, *self.parameters.values()]
-            found = torch.autograd.grad(losses, leaves, weights, retain_graph=retain, allow_unused=True)
-        finally:
-            self._receiver = None
-        missed = [name for name, grad in zip(self.parameters, found[1:], strict=True) if grad is not None]
-        if missed:
-            raise CaptureError(
-                f"Trainable parameter(s) {missed[:8]} received an ordinary gradient: an operation that the "
-                "interception cannot see (a scripted or compiled function, a custom autograd.Function) uses them, so "
-                "one example's share could not be bounded. Replace that operation by plain torch functions, or "
-                "freeze these parameters with requires_grad_(False)."
-            )
 
 
 # Operations that only move entries around, each input entry to exactly one output entry.

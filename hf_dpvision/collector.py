@@ -12,10 +12,10 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from .capture import Slot, Uses
 from .rules.affine import Affine
 from .rules.cost import Choice, NormRule, choose
 from .rules.gradients import Instantiated, PerExampleGradient, squared_rows, wide
+from .uses import Slot, Uses
 
 
 def clusters(slots: Iterable[Slot]) -> list[list[Slot]]:

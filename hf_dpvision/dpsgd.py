@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .capture import Uses, capture
+from .capture import capture
 from .clipping import Clipping
 from .collector import Collector, Summer, zeros
 from .errors import ArgumentRefused, CaptureError, DataRefused
 from .rules import rule_for
 from .rules.cost import NormRule
+from .uses import Uses
 
 
 Batch = Mapping[str, Any] | Sequence[Any]

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .capture import Batch, Slot, capture
+from .capture import Batch, capture
 from .rules import RULES, rule_for
 from .rules.cost import Choice, NormRule, choose, extra_flops, extra_memory
+from .uses import Slot
 
 
 @dataclass(frozen=True)
