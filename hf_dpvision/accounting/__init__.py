@@ -1,0 +1,11 @@
+"""Privacy accounting: what a run of DP-SGD costs, how much noise a budget needs, and the claim in words."""
+
+from .bounds import Bounds
+from .calibration import noise_multiplier
+from .claim import claim
+from .events import Event
+from .ledger import Ledger
+from .routing import epsilon
+
+
+__all__ = ["Bounds", "Event", "Ledger", "claim", "epsilon", "noise_multiplier"]
