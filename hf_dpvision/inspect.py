@@ -26,7 +26,8 @@ class PlannedUse:
         inputs: `d`.
         outputs: `p`.
         groups: `g`.
-        choice: "ghost", "keep" (instantiate and hold) or "drop" (instantiate for the norm only).
+        paper: the choice of the paper's rule, "ghost" if 2 t^2 < p d, else "instantiate".
+        choice: what is planned: "ghost", "keep" (instantiate and hold) or "drop" (instantiate for the norm only).
         extra_memory: float32 numbers held or needed per example for the norm, beyond the non-private step.
         extra_flops: floating point operations per example beyond the non-private step.
     """
@@ -38,6 +39,7 @@ class PlannedUse:
     inputs: int | None
     outputs: int | None
     groups: int | None
+    paper: str
     choice: str
     extra_memory: int
     extra_flops: int
@@ -56,8 +58,9 @@ def _planned(slot: Slot, norm_rule: NormRule, backward_passes: int) -> PlannedUs
     sizes = (None,) * 4
     if slot.shape is not None:
         sizes = slot.shape.positions, slot.shape.inputs, slot.shape.outputs, slot.shape.groups
+    paper = "ghost" if choose(NormRule.MIXED, slot.shape, backward_passes) is Choice.GHOST else "instantiate"
     return PlannedUse(
-        "+".join(sorted(slot.theta.sources)), slot.operation, slot.generic, *sizes, choice.value,
+        "+".join(sorted(slot.theta.sources)), slot.operation, slot.generic, *sizes, paper, choice.value,
         elements if slot.shape is None else extra_memory(choice, slot.shape),
         0 if slot.shape is None else extra_flops(choice, slot.shape),
     )  # fmt: skip
@@ -80,8 +83,9 @@ def inspect_model(model_name: str, image_size: int, norm_rule: str = "mixed") ->
 
 
 def format_plan(rows: Sequence[PlannedUse]) -> str:
-    """The plan as a table, with totals of what pure ghost, pure instantiation and the chosen mix need."""
-    head = ("parameter", "operation", "t", "d", "p", "g", "2t^2", "pd", "choice", "numbers/example", "MFLOP/example")
+    """The plan as a table, with totals of what ghost, instantiation, the paper's rule and the plan need."""
+    head = ("parameter", "operation", "t", "d", "p", "g", "2t^2", "pd", "paper's rule", "planned", "numbers/example",
+            "MFLOP/example")  # fmt: skip
     table = [head]
     for row in rows:
         if row.positions is None:
@@ -91,7 +95,7 @@ def format_plan(rows: Sequence[PlannedUse]) -> str:
             sizes = (row.positions, row.inputs, row.outputs, row.groups, f"{gram:.3g}", f"{weight:.3g}")
         operation = f"{row.operation} (generic: slow)" if row.generic else row.operation
         cost = (f"{row.extra_memory:.3g}", f"{row.extra_flops / 1e6:.3g}")
-        table.append((row.parameter, operation, *sizes, row.choice, *cost))
+        table.append((row.parameter, operation, *sizes, row.paper if row.positions else "", row.choice, *cost))
     widths = [max(len(str(line[i])) for line in table) for i in range(len(head))]
     lines = ["  ".join(str(cell).ljust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], "", _totals(rows)])
@@ -101,11 +105,15 @@ def _totals(rows: Sequence[PlannedUse]) -> str:
     affine = [row for row in rows if row.positions is not None]
     ghost = sum(2 * row.groups * row.positions**2 for row in affine)
     weights = sum(row.groups * row.inputs * row.outputs for row in affine)
-    mixed = sum(row.extra_memory for row in affine)
+    paper = sum(
+        2 * row.groups * row.positions**2 if row.paper == "ghost" else row.groups * row.inputs * row.outputs
+        for row in affine
+    )
+    planned = sum(row.extra_memory for row in affine)
     counts = ", ".join(f"{sum(row.choice == c.value for row in affine)} {c.value}" for c in Choice)
     return (
         f"{len(affine)} affine uses ({counts}), {len(rows) - len(affine)} small ones always instantiated.\n"
-        f"Numbers per example for the norms: all ghost {ghost:.3g}, all instantiated {weights:.3g}, "
-        f"as planned {mixed:.3g}.\n"
+        f"Numbers per example for the norms: all ghost {ghost:.3g}, all instantiated {weights:.3g}, by the paper's "
+        f"rule {paper:.3g}, as planned {planned:.3g}.\n"
         f"Uses without a rule of their own: {sum(row.generic for row in rows)}; rules cover {len(RULES)} functions."
     )
