@@ -146,19 +146,17 @@ class Summer:
     def sums(self) -> dict[str, Tensor]:
         """The sums by qualified parameter name, zeros for parameters without use; float32 or better."""
         parameters = self._uses.parameters
-        sums = zeros(parameters)
-        derived = {tensor: share for tensor, share in self._per_tensor.items() if not tensor.is_leaf}
         names = {parameter: name for name, parameter in parameters.items()}
-        for tensor, share in self._per_tensor.items():
-            if tensor.is_leaf:
-                sums[names[tensor]] += share
+        derived = {tensor: share for tensor, share in self._per_tensor.items() if not tensor.is_leaf}
+        sums = {names[tensor]: share for tensor, share in self._per_tensor.items() if tensor.is_leaf}
         if derived:
             shares = [share.to(tensor.dtype) for tensor, share in derived.items()]
             found = torch.autograd.grad(list(derived), list(parameters.values()), shares, allow_unused=True)
             for name, grad in zip(parameters, found, strict=True):
                 if grad is not None:
-                    sums[name] += grad
-        return sums
+                    sums[name] = sums[name] + grad if name in sums else grad.to(wide(grad.dtype))
+        unused = {name: parameter for name, parameter in parameters.items() if name not in sums}
+        return sums | zeros(unused)
 
 
 def zeros(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

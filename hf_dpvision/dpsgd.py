@@ -80,16 +80,17 @@ def clipped_gradient(
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         return ClippedGradient(zeros(parameters), torch.zeros(0))
     uses, losses = _captured_losses(model, per_example_loss, batch, n)
-    collector = Collector(uses, rule, backward_passes)
-    uses.backward(losses, torch.ones_like(losses), collector.receive, retain=backward_passes == 2)
-    squared_norms = collector.squared_norms()
-    factors = clipping.factors(squared_norms)
-    if backward_passes == 1:
-        gradients = collector.weighted_sums(factors)
-    else:
-        summer = Summer(uses, None, torch.isfinite(squared_norms))
-        uses.backward(losses, factors.to(losses.dtype), summer.receive, retain=False)
-        gradients = summer.sums()
+    with _full_precision(losses):
+        collector = Collector(uses, rule, backward_passes)
+        uses.backward(losses, torch.ones_like(losses), collector.receive, retain=backward_passes == 2)
+        squared_norms = collector.squared_norms()
+        factors = clipping.factors(squared_norms)
+        if backward_passes == 1:
+            gradients = collector.weighted_sums(factors)
+        else:
+            summer = Summer(uses, None, torch.isfinite(squared_norms))
+            uses.backward(losses, factors.to(losses.dtype), summer.receive, retain=False)
+            gradients = summer.sums()
     return ClippedGradient(gradients, squared_norms.sqrt())
 
 
@@ -109,9 +110,15 @@ def per_example_norms(
     if n == 0:
         return torch.zeros(0)
     uses, losses = _captured_losses(model, per_example_loss, batch, n)
-    collector = Collector(uses, rule, backward_passes=2)
-    uses.backward(losses, torch.ones_like(losses), collector.receive, retain=False)
-    return collector.squared_norms().sqrt()
+    with _full_precision(losses):
+        collector = Collector(uses, rule, backward_passes=2)
+        uses.backward(losses, torch.ones_like(losses), collector.receive, retain=False)
+        return collector.squared_norms().sqrt()
+
+
+def _full_precision(like: Tensor) -> torch.autocast:
+    """Autocast, where the caller has it on, is for the forward pass: a norm from bfloat16 products bounds nothing."""
+    return torch.autocast(like.device.type, enabled=False)
 
 
 def batch_size(batch: Batch) -> int:

@@ -1,0 +1,119 @@
+"""What must hold of the data before step 0: every check ends in one `DataRefused` that names the place.
+
+Nothing has been spent when these run, and their verdicts are not part of what the guarantee covers: fix the data,
+then start. The list of classes counts as public; it is declared, never read off the private labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import ClassLabel, Dataset, Value
+from tqdm.auto import tqdm
+
+from ..errors import DataRefused
+from .columns import Columns
+from .examples import undecoded
+from .images import read_image
+
+
+LONG_PASS = 2000  # images; checking more than this shows a progress bar
+
+
+def declared_classes(dataset: Dataset, column: str, declared: Sequence[str] | None = None) -> list[str]:
+    """Return the class names: those declared by the caller, else those of a `ClassLabel` column.
+
+    Raises:
+        DataRefused: neither exists (they are not read off the labels: the set of labels that occur is private), the
+            declared ones repeat, or they contradict the `ClassLabel`'s number of classes.
+    """
+    feature = dataset.features[column]
+    known = list(feature.names) if isinstance(feature, ClassLabel) else None
+    if declared is None and known is None:
+        raise DataRefused(
+            f"label column {column!r} is of type {feature} and declares no class names: pass class_names, in order. "
+            "They are not inferred: which labels occur is private."
+        )
+    if declared is None:
+        return known
+    names = [str(name) for name in declared]
+    if len(set(names)) != len(names):
+        raise DataRefused(f"class_names repeats a name: {names}. Each class needs its own.")
+    if known is not None and len(known) != len(names):
+        raise DataRefused(
+            f"class_names has {len(names)} names, column {column!r} declares {len(known)} classes: {known}."
+        )
+    return names
+
+
+def encode_labels(dataset: Dataset, column: str, names: Sequence[str], part: str = "train") -> Dataset:
+    """Return the data set with whole-number labels; string labels are looked up in `names`.
+
+    Raises:
+        DataRefused: a string label is not among the names.
+    """
+    feature = dataset.features[column]
+    if not (isinstance(feature, Value) and feature.dtype in ("string", "large_string")):
+        return dataset
+    labels = _column(dataset, column)
+    unknown = pc.and_(pc.is_valid(labels), pc.invert(pc.is_in(labels, value_set=pa.array(names, labels.type))))
+    _refuse_first(unknown, labels, column, part, f"is not one of the declared classes {list(names)}")
+    return dataset.cast_column(column, ClassLabel(names=list(names)))
+
+
+def check_labels(dataset: Dataset, column: str, names: Sequence[str], part: str = "train") -> None:
+    """Check that every label is a whole number in `0 .. len(names) - 1`. One pass over the label column, no decoding.
+
+    Raises:
+        DataRefused: the part is empty, the labels are floats, lists or text, or one of them is missing or outside the
+            classes; the message names the first such example.
+    """
+    if len(dataset) == 0:
+        raise DataRefused(f"part {part!r} of the data set is empty: there is nothing to learn from or to test on.")
+    labels = _column(dataset, column)
+    kind = labels.type
+    if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+        raise DataRefused(
+            f"labels of part {part!r} (column {column!r}) are {kind}: a class is a whole number. "
+            "Cast the column to int, or to ClassLabel."
+        )
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        raise DataRefused(
+            f"labels of part {part!r} (column {column!r}) are lists ({kind}): one class per image is expected."
+        )
+    if not (pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
+        raise DataRefused(f"labels of part {part!r} (column {column!r}) are {kind}: whole numbers are expected.")
+    _refuse_first(pc.is_null(labels), labels, column, part, "is missing")
+    numbers = labels.cast(pa.int64())
+    _refuse_first(pc.less(numbers, 0), numbers, column, part, "is negative (a test part with hidden labels?)")
+    outside = f"is outside the {len(names)} classes 0..{len(names) - 1}"
+    _refuse_first(pc.greater_equal(numbers, len(names)), numbers, column, part, outside)
+
+
+def check_images(dataset: Dataset, columns: Columns, part: str = "train", quiet: bool = False) -> None:
+    """Decode every image once, so that a broken file stops the run now and not in the middle of it.
+
+    Shows a progress bar for more than `LONG_PASS` images, unless `quiet`.
+
+    Raises:
+        DataRefused: naming the index of the first image that cannot be read.
+    """
+    rows = undecoded(dataset.select_columns([columns.image]), columns.image)
+    hidden = quiet or len(rows) <= LONG_PASS
+    for index, row in enumerate(tqdm(rows, desc=f"checking the images of {part!r}", unit=" images", disable=hidden)):
+        read_image(row[columns.image], index, part)
+
+
+def _column(dataset: Dataset, column: str) -> pa.ChunkedArray:
+    return dataset.select_columns([column]).with_format("arrow")[:].column(column)
+
+
+def _refuse_first(bad: pa.ChunkedArray, labels: pa.ChunkedArray, column: str, part: str, why: str) -> None:
+    index = pc.index(bad, True).as_py()
+    if index >= 0:
+        raise DataRefused(
+            f"the label of example {index} of part {part!r} (column {column!r}), {labels[index].as_py()!r}, {why}: "
+            "correct or remove it before training."
+        )

@@ -1,0 +1,219 @@
+"""The recipe runs end to end on tiny data, says what it must, keeps quiet about the rest, and refuses in time."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    BeitConfig,
+    BeitForImageClassification,
+    BeitImageProcessor,
+)
+
+from hf_dpvision import DPTrainer
+from hf_dpvision.config import parse_arguments
+from hf_dpvision.errors import ArgumentRefused, DataRefused, RefusedError
+
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+SCRIPT = RECIPES / "finetune_image_classification.py"
+
+
+@pytest.fixture(scope="module")
+def recipe() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("finetune_image_classification", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up by name
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    """A folder with a tiny model, 24 + 12 pictures of two classes, and a configuration that uses them."""
+    folder = tmp_path_factory.mktemp("recipe")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = BeitConfig(image_size=16, patch_size=8, num_labels=2, use_relative_position_bias=True, **sizes)
+    BeitForImageClassification(config).save_pretrained(folder / "model")
+    BeitImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder / "model")
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 12), ("test", 6)):
+        for brightness, name in ((60, "dark"), (200, "light")):
+            (folder / part / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = generator.normal(brightness, 20, (16, 16, 3)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / part / name / f"{index}.png")
+    (folder / "tiny.yaml").write_text(CONFIG)
+    return folder
+
+
+CONFIG = """
+model_name_or_path: ./model
+train_dir: train
+validation_dir: test
+cache_dir: cache
+train_transform: flip_crop
+target_epsilon: 8
+target_delta: 1e-3
+logical_batch_size: 12
+max_steps: 3
+learning_rate: 5e-3
+per_device_train_batch_size: 5
+save_strategy: no
+self_check: false
+use_cpu: true
+output_dir: out
+"""
+
+
+def _run(recipe: ModuleType, workplace: Path, *overrides: str):
+    return recipe.main(["--config", str(workplace / "tiny.yaml"), *overrides])
+
+
+def test_a_run_leaves_model_statement_card_results_and_a_row(recipe, workplace, capsys):
+    out, table = workplace / "full", workplace / "table.md"
+    record = _run(
+        recipe, workplace, "--output_dir", str(out), "--compare_non_private", "--results_table", str(table),
+        "--self_check", "true", "--non_private_learning_rate", "0.02",
+    )
+    assert set(record.scores) == {"before", "private", "non_private"}
+    assert 0 < record.epsilon <= 8 and record.delta == 1e-3
+
+    statement = json.loads((out / "privacy.json").read_text())
+    assert statement["guarantee"] == {"epsilon": record.epsilon, "delta": 1e-3} and statement["steps"] == 3
+    card = ModelCard.load(out / "README.md")
+    assert card.data.to_dict()["differential_privacy"]["guarantee"]["epsilon"] == record.epsilon
+    assert json.loads((out / "results.json").read_text())["scores"] == record.scores
+    assert f"| `{record.recipe}` (`{record.command}`)" in table.read_text()
+
+    model = AutoModelForImageClassification.from_pretrained(out)
+    assert model.config.id2label == {0: "dark", 1: "light"}
+    assert AutoImageProcessor.from_pretrained(out).size["height"] == 16
+
+    printed = capsys.readouterr().out
+    assert "before fine-tuning" in printed and "non-private" in printed and "epsilon <= 8.00" in printed
+    assert "not covered by epsilon" in printed and str(out / "privacy.json") in printed
+    everything = printed + "".join(path.read_text() for path in out.glob("*.json")) + (out / "README.md").read_text()
+    assert "train_loss" not in everything and "'loss'" not in everything
+    assert str(workplace) not in (out / "README.md").read_text() + (out / "results.json").read_text()
+
+
+def test_the_released_model_is_the_private_one_and_was_trained(recipe, workplace):
+    out = workplace / "released"
+    _run(recipe, workplace, "--output_dir", str(out), "--train_layers", "head", "--head_init", "zero")
+    before = AutoModelForImageClassification.from_pretrained(workplace / "model").state_dict()
+    after = AutoModelForImageClassification.from_pretrained(out).state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"classifier.weight", "classifier.bias"}
+
+
+def test_both_trainings_start_from_the_same_model_on_the_same_data(recipe, workplace, monkeypatch):
+    starts = []
+    original = DPTrainer.train
+
+    def train(self, *arguments, **options):
+        weights = {name: value.clone() for name, value in self.model.state_dict().items()}
+        starts.append((self.args.disable_dp, weights, self.train_dataset))
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(DPTrainer, "train", train)
+    _run(recipe, workplace, "--output_dir", str(workplace / "same"), "--compare_non_private")
+    (first, weights, data), (second, other_weights, other_data) = starts
+    assert (first, second) == (False, True) and data is other_data
+    assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
+
+
+def test_without_privacy_nothing_is_claimed(recipe, workplace):
+    out = workplace / "plain"
+    record = _run(recipe, workplace, "--output_dir", str(out), "--disable_dp")
+    assert record.epsilon is None and set(record.scores) == {"before", "non_private"}
+    assert "without a privacy guarantee" in (out / "README.md").read_text()
+    assert json.loads((out / "privacy.json").read_text())["guarantee"]["epsilon"] == "inf"
+
+
+def test_another_image_size_is_used_and_saved(recipe, workplace):
+    out = workplace / "crop"
+    _run(recipe, workplace, "--output_dir", str(out), "--crop_pct", "0.5")
+    settings = AutoImageProcessor.from_pretrained(out).to_dict()
+    assert settings["size"] == {"shortest_edge": 32} and settings["do_center_crop"]
+
+
+def test_training_images_can_be_held_out(recipe, workplace):
+    text = CONFIG.replace("validation_dir: test", "train_val_split: 0.25")
+    (workplace / "cut.yaml").write_text(text)
+    record = recipe.main(["--config", str(workplace / "cut.yaml"), "--output_dir", str(workplace / "cut")])
+    assert "18 train and 6 held-out images" in record.data
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        (["--dataset_name", "digits"], ArgumentRefused, "exactly one of dataset_name, train_dir and train_files"),
+        (["--train_dir", "no-such-folder"], DataRefused, "does not exist"),
+        (["--label_column_name", "species"], DataRefused, "columns present: image, label"),
+        (["--eval_split", "extra"], DataRefused, "parts present: train, validation"),
+        (["--learning_rat", "1"], ArgumentRefused, "did you mean 'learning_rate'"),
+        (["--target_epsilon", "-1"], ArgumentRefused, "target_epsilon"),
+        (["--model_name_or_path", "./no-such-model"], RefusedError, "no-such-model"),
+        (["--class_names", "a", "b", "c"], DataRefused, "declares 2 classes"),
+    ],
+)
+def test_bad_input_is_refused_before_the_first_step(recipe, workplace, monkeypatch, overrides, error, message):
+    monkeypatch.setattr(DPTrainer, "training_step", lambda *arguments: pytest.fail("a step was taken"))
+    with pytest.raises(error, match=message):
+        _run(recipe, workplace, "--output_dir", str(workplace / "refused"), *overrides)
+    assert not (workplace / "refused").exists()
+
+
+def test_an_unreadable_image_is_refused_before_the_first_step(recipe, workplace):
+    broken = workplace / "train" / "dark" / "99.png"
+    broken.write_bytes(b"no image")
+    try:
+        with pytest.raises(DataRefused, match=r"example \d+ of part 'train' cannot be read"):
+            _run(recipe, workplace, "--output_dir", str(workplace / "refused"))
+    finally:
+        broken.unlink()
+
+
+@pytest.mark.parametrize("config", sorted(path.name for path in RECIPES.glob("*.yaml")))
+def test_every_shipped_configuration_is_accepted(recipe, config):
+    parsed = parse_arguments(
+        [recipe.ModelArguments, recipe.DataTrainingArguments, recipe.DPTrainingArguments],
+        ["--config", str(RECIPES / config)],
+        path_fields=recipe.PATHS,
+    )
+    _, data_args, training_args = parsed.groups
+    assert data_args.compare_non_private
+    assert training_args.target_epsilon <= 8 and math.isfinite(training_args.target_delta)
+
+
+def test_the_cifar_configuration_says_when_its_data_is_absent(recipe, tmp_path):
+    with pytest.raises(DataRefused, match="this data set is not on this machine"):
+        recipe.main(
+            ["--config", str(RECIPES / "cifar10_deit_tiny.yaml"), "--train_files", str(tmp_path / "train-*.parquet")]
+        )
+
+
+def test_the_script_ends_with_one_line_and_an_exit_code_on_bad_input(workplace):
+    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--config", str(workplace / "tiny.yaml"), "--train_dir", "absent"],
+        capture_output=True, text=True, cwd=workplace, env=environment, check=False,
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("DataRefused: the image folder 'absent'")
