@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +17,7 @@ from .errors import ArgumentRefused
 
 
 BEGIN, END = "<!-- results: written by the recipes, do not edit -->", "<!-- end of results -->"
-_HEADINGS = (
+HEADINGS = (
     "recipe",
     "model",
     "data",
@@ -31,6 +31,7 @@ _HEADINGS = (
     "versions",
     "date",
 )
+SUMMARY = tuple(heading for heading in HEADINGS if heading not in ("versions", "date"))
 _PACKAGES = ("torch", "transformers", "timm", "datasets", "prv-accountant")
 
 
@@ -98,10 +99,15 @@ def comparison_table(record: RecipeRecord) -> str:
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
-def update_results_table(path: Path, record: RecipeRecord) -> None:
+def update_results_table(path: Path, record: RecipeRecord, headings: Sequence[str] = HEADINGS) -> None:
     """Write the record's row between the markers of a Markdown file, replacing an earlier row of the same recipe.
 
     A file without markers, or no file yet, gets them at its end.
+
+    Args:
+        path: of the Markdown file.
+        record: of the run.
+        headings: the columns, all of them or `SUMMARY`.
 
     Raises:
         ArgumentRefused: the file has one marker without the other.
@@ -114,13 +120,13 @@ def update_results_table(path: Path, record: RecipeRecord) -> None:
     before, rest = text.split(BEGIN, 1)
     inside, after = rest.split(END, 1)
     others = [line for line in inside.splitlines() if line.startswith("| `") and f"| `{record.recipe}` " not in line]
-    head = ["| " + " | ".join(_HEADINGS) + " |", "|" + " --- |" * len(_HEADINGS)]
-    lines = [BEGIN, *head, *sorted([*others, _row(record)]), END]
+    head = ["| " + " | ".join(headings) + " |", "|" + " --- |" * len(headings)]
+    lines = [BEGIN, *head, *sorted([*others, _row(record, headings)]), END]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(before + "\n".join(lines) + after, encoding="utf-8")
 
 
-def _row(record: RecipeRecord) -> str:
+def _row(record: RecipeRecord, headings: Sequence[str]) -> str:
     cells = (
         f"`{record.recipe}` (`{record.command}`)",
         record.model,
@@ -133,7 +139,9 @@ def _row(record: RecipeRecord) -> str:
         ", ".join(f"{name} {number}" for name, number in record.versions.items()),
         record.date,
     )
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+    by_heading = dict(zip(HEADINGS, cells, strict=True))
+    shown = (by_heading[heading].replace("|", "\\|").replace("\n", " ") for heading in headings)
+    return "| " + " | ".join(shown) + " |"
 
 
 def _privacy(record: RecipeRecord) -> str:

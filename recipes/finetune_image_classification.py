@@ -55,12 +55,15 @@ from hf_dpvision.data import (
 from hf_dpvision.errors import ArgumentRefused, DataRefused, RefusedError
 from hf_dpvision.metrics import compute_metrics_for
 from hf_dpvision.model_card import CardResult, write_model_card
-from hf_dpvision.results import RecipeRecord, comparison_table, environment, update_results_table
+from hf_dpvision.results import SUMMARY, RecipeRecord, comparison_table, environment, update_results_table
 from hf_dpvision.trainable import TrainLayers, count_parameters, train_only, zero_head
 
 
 DEFAULT_CONFIG = Path(__file__).with_name("digits_beit.yaml")
-PATHS = ("train_dir", "validation_dir", "train_files", "validation_files", "output_dir", "cache_dir", "results_table")
+PATHS = (
+    "train_dir", "validation_dir", "train_files", "validation_files", "output_dir", "cache_dir", "results_table",
+    "results_summary",
+)  # fmt: skip
 SECRET = {"token", "hub_token"}
 NOT_METRICS = {"epoch", "eval_loss", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
 NOT_METRICS |= {"eval_model_preparation_time"}
@@ -129,6 +132,7 @@ class DataTrainingArguments:
     compare_non_private: bool = _argument(False, "Also fine-tune without privacy, to show what privacy costs.")
     non_private_learning_rate: float | None = _argument(None, "Learning rate of that run, if another one suits it.")
     results_table: str | None = _argument(None, "Markdown file that gets a row with the result of this run.")
+    results_summary: str | None = _argument(None, "Markdown file that gets a shorter row.")
 
 
 @dataclass(frozen=True)
@@ -307,7 +311,7 @@ def make_record(
     hardware, versions = environment()
     return RecipeRecord(
         recipe=parsed.config.stem if parsed.config else Path(training_args.output_dir).name,
-        command=shlex.join(["python", f"recipes/{Path(__file__).name}", *map(without_folders, command_line)]),
+        command=shlex.join(["python", f"recipes/{Path(__file__).name}", *map(without_folders, _of_run(command_line))]),
         settings=parsed.settings(leave_out=SECRET),
         model=Path(model_args.model_name_or_path).name,
         data=f"{data_name(data_args)}, {len(data.train)} train and {held_out} held-out images",
@@ -322,6 +326,12 @@ def make_record(
         versions=versions,
         date=date.today().isoformat(),
     )
+
+
+def _of_run(command_line: list[str]) -> list[str]:
+    """Return the command line without the options that only say where the results are written."""
+    writing = {i for i, word in enumerate(command_line) if word in ("--results_table", "--results_summary")}
+    return [word for i, word in enumerate(command_line) if i not in writing and i - 1 not in writing]
 
 
 def report(record: RecipeRecord, trainer: DPTrainer, parsed: ParsedArguments, data: ImageData, say: Say) -> None:
@@ -345,6 +355,9 @@ def report(record: RecipeRecord, trainer: DPTrainer, parsed: ParsedArguments, da
     if data_args.results_table is not None:
         files["table"] = Path(data_args.results_table)
         update_results_table(files["table"], record)
+    if data_args.results_summary is not None:
+        files["summary"] = Path(data_args.results_summary)
+        update_results_table(files["summary"], record, SUMMARY)
     say(f"\n{comparison_table(record)}\n")
     if data.held_out is not None:
         covered = "" if training_args.eval_data == "public" else " (held-out data, not covered by epsilon)"

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from hf_dpvision.errors import ArgumentRefused
-from hf_dpvision.results import BEGIN, END, RecipeRecord, comparison_table, environment, update_results_table
+from hf_dpvision.results import BEGIN, END, SUMMARY, RecipeRecord, comparison_table, environment, update_results_table
 
 
 RECORD = RecipeRecord(
@@ -69,3 +69,12 @@ def test_the_record_says_what_epsilon_does_not_cover():
 def test_the_environment_names_the_versions_that_decide_a_result():
     hardware, versions = environment()
     assert hardware and {"torch", "transformers", "prv-accountant"} <= set(versions)
+
+
+def test_the_summary_has_the_named_columns_only(tmp_path):
+    full, short = tmp_path / "full.md", tmp_path / "short.md"
+    update_results_table(full, RECORD)
+    update_results_table(short, RECORD, SUMMARY)
+    assert "versions" in full.read_text() and "versions" not in short.read_text()
+    columns = {line.count(" | ") for line in short.read_text().splitlines() if line.startswith("| ")}
+    assert columns == {len(SUMMARY) - 1}
