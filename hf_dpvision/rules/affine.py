@@ -21,12 +21,17 @@ WORKSPACE_ELEMENTS = 2**22
 
 @dataclass(frozen=True)
 class AffineShape:
-    """The sizes that decide between ghost and instantiate: positions, input features, output features, groups."""
+    """The sizes that decide between ghost and instantiate: positions, input features, output features, groups.
+
+    `gram_inputs` is the number of multiplications per entry of the activations' Gram matrix: `inputs`, unless there
+    is a shorter way to it.
+    """
 
     positions: int
     inputs: int
     outputs: int
     groups: int = 1
+    gram_inputs: float | None = None
 
     @property
     def weight_elements(self) -> int:
@@ -37,6 +42,15 @@ class AffineShape:
     def gram_elements(self) -> int:
         """Elements of both Gram matrices of one example, `g * 2 t^2`."""
         return 2 * self.groups * self.positions**2
+
+    @property
+    def gram_flops(self) -> int:
+        """Floating point operations for both Gram matrices of one example."""
+        if self.gram_inputs is not None:
+            return int(self.gram_elements * (self.gram_inputs + self.outputs))
+        # Above one block of positions only the upper triangle of blocks is formed.
+        symmetric = 0.75 if _block_length(self.positions) < self.positions else 1.0
+        return int(symmetric * self.gram_elements * (self.inputs + self.outputs))
 
 
 # Rounding of the kernels, in units of the type's machine epsilon times `sum_t ||rows_t|| ||columns_t||` (its square
@@ -101,6 +115,14 @@ def ghost_squared_norms(rows: Tensor, columns: Tensor) -> Tensor:
                 block = gram_r.mul_(gram_c).sum((1, 2, 3))
                 total[start : start + chunk] += block if i == j else 2 * block
     return with_ghost_margin(total.clamp_(min=0), magnitude(rows, columns))  # clamp keeps NaN
+
+
+def gram_squared_norms(rows: Tensor, gram: Tensor) -> Tensor:
+    """As `ghost_squared_norms`, for `rows [n, g, t, r]` and columns given by their Gram matrix `[n, g, t, t]`."""
+    lengths = gram.diagonal(dim1=2, dim2=3).clamp(min=0).sqrt()
+    magnitudes = (torch.linalg.vector_norm(rows, dim=-1) * lengths).sum((1, 2))
+    squared = (rows @ rows.transpose(-1, -2)).mul_(gram).sum((1, 2, 3)).clamp_(min=0)
+    return with_ghost_margin(squared, magnitudes)
 
 
 def scaled(tensor: Tensor, factors: Tensor | None) -> Tensor:

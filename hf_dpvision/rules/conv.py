@@ -16,7 +16,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .affine import WORKSPACE_ELEMENTS, AffineShape, ghost_squared_norms, scaled, with_product_margin
+from .affine import (
+    WORKSPACE_ELEMENTS,
+    AffineShape,
+    ghost_squared_norms,
+    gram_squared_norms,
+    scaled,
+    with_product_margin,
+)
 from .generic import generic
 from .gradients import PerExampleGradient, keep_examples, wide
 from .linear import autocast_operands, bias_gradients
@@ -51,6 +58,30 @@ class Geometry:
         x = x.movedim(tuple(range(3, 3 + spatial)), tuple(range(2, 2 + spatial)))
         return x.flatten(2 + spatial).flatten(2, 1 + spatial)
 
+
+    @property
+    def pixelwise(self) -> bool:
+        """Do patches overlap so regularly that their Gram matrix follows from that of single pixels?"""
+        unit = (1,) * len(self.kernel)
+        return self.stride == unit and self.dilation == unit and self.kernel != unit
+
+    def patch_gram(self, x: Tensor) -> Tensor:
+        """Inner products of all patches of `unfold`, `[n, g, t, t]`, for `pixelwise` geometries.
+
+        Two patches' product is the sum of the products of their pixels, shifted alike in both: one Gram matrix of
+        pixels and `sum(kernel)` shifted additions, instead of `prod(kernel)` times the multiplications.
+        """
+        spatial = len(self.kernel)
+        x = F.pad(x, [side for pad in reversed(self.padding) for side in (pad, pad)])
+        pixels = x.unflatten(1, (self.groups, -1)).flatten(3)  # [n, g, c/g, pixels]
+        gram = (pixels.transpose(2, 3) @ pixels).unflatten(3, x.shape[2:]).unflatten(2, x.shape[2:])
+        for i, size in enumerate(self.kernel):
+            ahead, behind, length = 2 + i, 2 + spatial + i, x.shape[2 + i] - size + 1
+            shifted = [gram.narrow(ahead, u, length).narrow(behind, u, length) for u in range(size)]
+            gram = shifted[0].clone()
+            for one in shifted[1:]:
+                gram += one
+        return gram.flatten(2 + spatial).flatten(2, 1 + spatial)
 
     def patch_norms(self, x: Tensor) -> Tensor:
         """Norms of the patches of `unfold`, `[n, g, t]`, without forming them."""
@@ -108,14 +139,20 @@ class ConvGradient(PerExampleGradient):
         x, output_grad, _ = self._wide()
         if self.geometry.transposed:
             return self.squared_norms()
-        rows = output_grad.flatten(2).unflatten(1, (self.geometry.groups, -1)).transpose(2, 3)
-        # In chunks: the unfolded input of a whole batch can be larger than everything else together.
-        patches = math.prod(self.geometry.kernel) * x[0].numel()
-        chunk = max(1, WORKSPACE_ELEMENTS // patches)
-        norms = [
-            ghost_squared_norms(rows[i : i + chunk], self.geometry.unfold(x[i : i + chunk]))
-            for i in range(0, x.shape[0], chunk)
-        ]
+        geometry = self.geometry
+        rows = output_grad.flatten(2).unflatten(1, (geometry.groups, -1)).transpose(2, 3)
+        # In chunks: for a whole batch the workspace could be larger than everything else together.
+        pixels = math.prod(size + 2 * pad for size, pad in zip(x.shape[2:], geometry.padding, strict=True))
+        patches = math.prod(geometry.kernel) * x[0].numel()
+        workspace = 2 * geometry.groups * pixels**2 if geometry.pixelwise else patches
+        chunk = max(1, WORKSPACE_ELEMENTS // workspace)
+        norms = []
+        for i in range(0, x.shape[0], chunk):
+            part, grads = x[i : i + chunk], rows[i : i + chunk]
+            if geometry.pixelwise:
+                norms.append(gram_squared_norms(grads, geometry.patch_gram(part)))
+            else:
+                norms.append(ghost_squared_norms(grads, geometry.unfold(part)))
         return torch.cat(norms)
 
 
@@ -207,8 +244,12 @@ def _apply(call: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: 
 def _affine_shape(x: Tensor, weight: Tensor, geometry: Geometry) -> AffineShape:
     sizes = zip(x.shape[2:], geometry.kernel, geometry.stride, geometry.padding, geometry.dilation, strict=True)
     positions = [(size + 2 * pad - dil * (k - 1) - 1) // step + 1 for size, k, step, pad, dil in sizes]
-    outputs, inputs = weight.shape[0] // geometry.groups, weight[0].numel()
-    return AffineShape(math.prod(positions), inputs, outputs, geometry.groups)
+    outputs, inputs, t = weight.shape[0] // geometry.groups, weight[0].numel(), math.prod(positions)
+    if not geometry.pixelwise:
+        return AffineShape(t, inputs, outputs, geometry.groups)
+    pixels = math.prod(size + 2 * pad for size, pad in zip(x.shape[2:], geometry.padding, strict=True))
+    gram_inputs = weight.shape[1] * (pixels / t) ** 2
+    return AffineShape(t, inputs, outputs, geometry.groups, gram_inputs)
 
 
 def convolution(spatial: int) -> Callable[..., Tensor]:

@@ -42,11 +42,7 @@ def extra_flops(choice: Choice, shape: AffineShape) -> int:
     gradient = 2 * shape.positions * shape.weight_elements
     if choice is Choice.KEEP:
         return 2 * shape.weight_elements  # the weighted sum replaces nothing else: the gradient is needed anyway
-    if choice is Choice.GHOST:
-        # Above one block of positions only the upper triangle of Gram blocks is formed.
-        symmetric = 0.75 if shape.positions >= 128 else 1.0
-        return int(symmetric * shape.gram_elements * (shape.inputs + shape.outputs))
-    return gradient
+    return shape.gram_flops if choice is Choice.GHOST else gradient
 
 
 def _cheapest(shape: AffineShape, backward_passes: int) -> Choice:
