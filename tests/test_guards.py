@@ -69,8 +69,8 @@ def test_an_incompatible_argument_is_refused_with_a_remedy(tmp_path, changes, wo
 
 @pytest.mark.parametrize("changes", [{"load_best_model_at_end": True, **BEST}, {"metric_for_best_model": "accuracy"}])
 def test_reacting_to_metrics_is_allowed_on_public_data_and_without_privacy(tmp_path, changes):
-    refuse_arguments(arguments(tmp_path, eval_data="public", **changes))
-    refuse_arguments(arguments(tmp_path, disable_dp=True, **changes))
+    assert refuse_arguments(arguments(tmp_path, eval_data="public", **changes)) is None
+    assert refuse_arguments(arguments(tmp_path, disable_dp=True, **changes)) is None
 
 
 def test_plain_training_arguments_are_refused(tmp_path):
@@ -125,8 +125,9 @@ def test_frozen_parameters_do_not_make_batchnorm_acceptable():
 
 
 def test_a_replaced_batchnorm_is_accepted():
-    guards.refuse_model(replace_batchnorm(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), freeze))
-    guards.refuse_model(nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4)))
+    replaced = replace_batchnorm(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), freeze)
+    assert guards.refuse_model(replaced) is None
+    assert guards.refuse_model(nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4))) is None
 
 
 @pytest.mark.parametrize(
