@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import TrainOutput, seed_worker
 
-from . import guards, processes
+from . import agreement, guards, processes
 from .collector import zeros
 from .data.labels import refuse_labels
 from .errors import ArgumentRefused
@@ -132,6 +132,7 @@ class DPTrainer(StatingTrainer):
         dataset_size = guards.refuse_dataset(self.train_dataset, self.args)
         if self._config is not None and self._config.problem_type in (None, "single_label_classification"):
             refuse_labels(self.train_dataset, self._config.num_labels)
+        processes.refuse_disagreement(agreement.digests(self.args, self.model, dataset_size))
         self._check_clipping()
         self._mechanism = self._run.start(self.args, dataset_size)
         try:
