@@ -18,6 +18,7 @@ from transformers.trainer_utils import TrainOutput, seed_worker
 
 from . import agreement, guards, processes
 from .collector import zeros
+from .data.examples import OneByOne
 from .data.labels import refuse_labels
 from .errors import ArgumentRefused
 from .guards_arguments import refuse_arguments
@@ -223,7 +224,7 @@ class DPTrainer(StatingTrainer):
     def _example_loader(self, batch_sampler: Any) -> DataLoader:
         args = self.args
         return DataLoader(
-            self.train_dataset,
+            OneByOne(self.train_dataset),
             batch_sampler=batch_sampler,
             collate_fn=self._collator(),
             num_workers=args.dataloader_num_workers,

@@ -390,6 +390,18 @@ def the_published_seed_decides_no_noise(folder: Path) -> None:
     assert (results[0] != results[1]).all()
 
 
+def a_transform_sees_one_example_at_a_time(folder: Path) -> None:
+    sizes = []
+
+    def centred(batch: dict[str, list]) -> dict[str, list]:
+        pixels = torch.stack([torch.as_tensor(value) for value in batch["pixel_values"]])
+        sizes.append(len(pixels))
+        return {"pixel_values": list(pixels - pixels.mean(0)), "labels": batch["label"]}
+
+    trainer(folder, Linear(), train_dataset=rows([0, 1] * 60).with_transform(centred)).train()
+    assert len(sizes) > 10 and set(sizes) == {1}
+
+
 def paths_reach_no_log(folder: Path) -> None:
     named = rows([0, 1] * 60).add_column("path", ["private/name.png"] * 120)
     run = trainer(folder, Linear(), train_dataset=named, logging_steps=1, save_strategy="steps", save_steps=4)
@@ -542,6 +554,7 @@ ARGUMENTS = [
     Refused(54, "NEFTune", given(neftune_noise_alpha=1.0), "neftune_noise_alpha=1.0"),
     Refused(54, "label names", given(label_names=["labels", "more"]), "label_names exactly one"),
     Refused(54, "mixup", given(data_collator=mixup), "collator mixes 'pixel_values'", DataRefused),
+    Handled(54, "transform that mixes", a_transform_sees_one_example_at_a_time),
     *(Refused(55, name, given(optim=name), "optim inside the backward pass")
       for name in ("lomo", "adalomo", "galore_adamw_layerwise", "apollo_adamw_layerwise")),
     Refused(56, "L-BFGS", lambda folder: _with_optimizer(folder), "LBFGS several times SGD"),

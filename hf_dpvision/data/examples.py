@@ -66,6 +66,23 @@ def same_rows(one: Any, other: Any) -> bool:
     return one is other
 
 
+@dataclass(frozen=True)
+class OneByOne(TorchDataset):
+    """Any map-style data set, read one index at a time.
+
+    Guarantee: a transform of the data set, such as one set by `with_transform`, is never given two examples together,
+    so it can neither mix them nor make several rows out of one.
+    """
+
+    dataset: Any
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[index]
+
+
 def image_examples(
     dataset: Dataset, columns: Columns, transform: Callable[[PILImage.Image], Tensor], part: str = "train"
 ) -> ImageExamples:
