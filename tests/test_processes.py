@@ -10,10 +10,12 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from processes_worker import MODELS, noise_run, run_of
 from scipy import stats
 from trainer_cases import tiny_vit, weights
@@ -51,33 +53,57 @@ def launch(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 WORKER = str(TESTS / "processes_worker.py")
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port")
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--redirects", "3", "--log_dir", "{folder}/logs",
+            "--master_addr", "127.0.0.1", "--master_port")  # fmt: skip
 ACCELERATE = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
               "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Launched:
+    """What a launch left behind: a folder with the workers' reports, its exit code and what it printed last."""
+
+    folder: Path
+    code: int
+    stderr: str
+
+
+def launched_once(factory: pytest.TempPathFactory, name: str, launcher: tuple[str, ...], *jobs: str) -> Launched:
+    """Launch the workers for these jobs, once per test run; `{folder}` in the launcher's options is their folder.
+
+    With pytest-xdist several test processes ask for it; the first one launches, the others wait.
+    """
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"launched-by-{name}"
+    result = folder / "launched.json"
+    with FileLock(f"{folder}.lock"):
+        if not result.exists():
+            folder.mkdir()
+            options = [option.format(folder=folder) for option in launcher]
+            ended = launch(*options, free_port(), WORKER, *jobs, str(folder))
+            result.write_text(json.dumps({"code": ended.returncode, "stderr": ended.stderr}))
+    return Launched(folder, **json.loads(result.read_text()))
 
 
 @pytest.fixture(scope="module")
 def torchrun(tmp_path_factory) -> Path:
     """The folder in which two processes of torchrun did all jobs but the deadly one; logs/ has their output."""
-    folder = tmp_path_factory.mktemp("torchrun")
-    logs = ("--redirects", "3", "--log_dir", str(folder / "logs"))
     jobs = ("equality", "rare", "noise", "disagreement")
-    ended = launch(*TORCHRUN, free_port(), *logs, WORKER, *jobs, str(folder))
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    return folder
+    launched = launched_once(tmp_path_factory, "torchrun", TORCHRUN, *jobs)
+    assert launched.code == 0, launched.stderr[-3000:]
+    return launched.folder
 
 
 @pytest.fixture(scope="module")
-def accelerated(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """The folder in which two processes of `accelerate launch` did their jobs, in the last of which one died."""
-    folder = tmp_path_factory.mktemp("accelerate")
-    return folder, launch(*ACCELERATE, free_port(), WORKER, "equality", "die", str(folder))
+def accelerated(tmp_path_factory) -> Launched:
+    """What two processes of `accelerate launch` left behind, one of which died in their last job."""
+    return launched_once(tmp_path_factory, "accelerate", ACCELERATE, "equality", "die")
 
 
 @pytest.fixture(scope="module")
 def folders(torchrun, accelerated) -> dict[str, Path]:
     """Launcher -> its folder."""
-    return {"torchrun": torchrun, "accelerate": accelerated[0]}
+    return {"torchrun": torchrun, "accelerate": accelerated.folder}
 
 
 @pytest.fixture(scope="module")
@@ -179,10 +205,10 @@ def test_only_the_first_process_prints_and_writes(torchrun):
 
 
 def test_a_process_that_dies_ends_the_launch(accelerated):
-    folder, ended = accelerated
-    assert all((folder / family / "report0.json").exists() for family in MODELS), ended.stderr[-3000:]
-    assert ended.returncode != 0
-    assert "exitcode  : 3" in ended.stderr and "rank      : 1" in ended.stderr
+    done = [(accelerated.folder / family / "report0.json").exists() for family in MODELS]
+    assert all(done), accelerated.stderr[-3000:]
+    assert accelerated.code != 0
+    assert "exitcode  : 3" in accelerated.stderr and "rank      : 1" in accelerated.stderr
 
 
 def test_the_survivor_of_a_process_that_dies_ends_by_itself_and_says_why(tmp_path):
