@@ -318,7 +318,7 @@ def a_wrong_label_met_in_training_contributes_nothing(folder: Path) -> None:
         chosen = Images()
         chosen.labels[:32] = wrong
         torch.manual_seed(0)
-        run = trainer(folder, Linear(), train_dataset=chosen)
+        run = trainer(folder / str(wrong), Linear(), train_dataset=chosen)
         run.train()
         results.append(weights(run.model))
     assert torch.equal(*results)
@@ -380,9 +380,9 @@ def the_training_loss_is_not_computed(folder: Path) -> None:
 def the_published_seed_decides_no_noise(folder: Path) -> None:
     results = []
     try:
-        for _ in range(2):
+        for name in ("a", "b"):
             torch.manual_seed(0)
-            run = trainer(folder, Linear(), seed=None, logical_batch_size=64, full_determinism=True)
+            run = trainer(folder / name, Linear(), seed=None, logical_batch_size=64, full_determinism=True)
             run.train()
             results.append(weights(run.model))
     finally:
