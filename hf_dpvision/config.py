@@ -75,11 +75,10 @@ def parse_arguments(
     given = _config_of(parser, command_line)
     config = Path(given) if given is not None else (default_config if not command_line else None)
     in_file = frozenset() if config is None else _set_defaults(parser, config, path_fields)
-    *groups, _, unknown = parser.parse_args_into_dataclasses(
-        list(command_line), return_remaining_strings=True, look_for_args_file=False
-    )
-    if unknown:
+    _, unknown = parser.parse_known_args(list(command_line))
+    if unknown:  # before the dataclasses miss what was misspelt
         _refuse_unknown(parser, unknown[0], "on the command line")
+    *groups, _ = parser.parse_args_into_dataclasses(list(command_line), look_for_args_file=False)
     options = {text.split("=", 1)[0] for text in command_line if text.startswith("--")}
     typed = {action.dest for action in parser._actions if options & set(action.option_strings)} - {"config"}
     return ParsedArguments(tuple(groups), config, in_file | typed)

@@ -41,3 +41,7 @@ class AccountingError(DPVisionError, RuntimeError):
 
 class BudgetExceeded(DPVisionError, RuntimeError):
     """The next step would spend more than the privacy budget that was set."""
+
+
+class ProcessLost(DPVisionError, RuntimeError):
+    """Another process of the same run has ended; what was charged stays charged."""

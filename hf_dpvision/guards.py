@@ -6,6 +6,7 @@ to do instead.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,9 +18,16 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_utils import has_length
 
+from .data.examples import same_rows
 from .errors import ArgumentRefused, DataRefused, ModelRefused
 from .guards_arguments import ONE_DEVICE, PUBLIC, SELECTION, SHARDED, has_private_metrics
 from .training_args import DPTrainingArguments
+
+
+logger = logging.getLogger(__name__)
+
+# Below and above these the guarantee is true and says little.
+_LITTLE_NOISE, _LARGE_EPSILON, _FEW_EXAMPLES = 0.3, 20, 100
 
 
 def refuse_accelerator(accelerator: Accelerator) -> None:
@@ -55,6 +63,7 @@ def refuse_model(model: nn.Module) -> None:
         nn.DataParallel,
         nn.parallel.DistributedDataParallel,
         torch.distributed.fsdp.FullyShardedDataParallel,
+        torch.distributed.fsdp.FSDPModule,
         torch._dynamo.OptimizedModule,
     )
     if isinstance(model, wrappers):
@@ -77,7 +86,23 @@ def refuse_model(model: nn.Module) -> None:
                 "clipped sums lose the digits the guarantee rests on. Call model.float(); bf16=True still computes "
                 "in bfloat16."
             )
+    _refuse_backward_hooks(model)
     _refuse_running_statistics(model)
+
+
+def _refuse_backward_hooks(model: nn.Module) -> None:
+    modules = [f"module {name!r}" for name, m in model.named_modules() if m._backward_hooks or m._backward_pre_hooks]
+    parameters = [
+        f"parameter {name!r}"
+        for name, p in model.named_parameters()
+        if p._backward_hooks or p._post_accumulate_grad_hooks
+    ]
+    if found := modules + parameters:
+        raise ModelRefused(
+            f"{found[0]} and {len(found) - 1} more have backward hooks: another library (a second engine for "
+            "differential privacy, or an optimizer that steps inside the backward pass) is attached to this model, "
+            "and sees or changes gradients before they are clipped. Pass a model to which nothing is attached."
+        )
 
 
 def _refuse_running_statistics(model: nn.Module) -> None:
@@ -111,6 +136,11 @@ def refuse_dataset(dataset: Any, args: DPTrainingArguments) -> int:
     """
     if dataset is None:
         raise DataRefused("train_dataset is None: there is nothing to train on. Pass it to DPTrainer.")
+    if isinstance(dataset, torch.utils.data.DataLoader):
+        raise DataRefused(
+            "train_dataset is a DataLoader, which brings its own sampler: the accounting holds only for Poisson "
+            "sampling, which DPTrainer does itself. Pass the data set inside, dataloader.dataset."
+        )
     if isinstance(dataset, torch.utils.data.IterableDataset) or not has_length(dataset):
         raise DataRefused(
             f"train_dataset is a {type(dataset).__module__}.{type(dataset).__qualname__}, a stream without random "
@@ -133,6 +163,32 @@ def refuse_dataset(dataset: Any, args: DPTrainingArguments) -> int:
     return size
 
 
+def warn_of_little_protection(args: DPTrainingArguments, dataset_size: int) -> None:
+    """Warn, in the main process, of a guarantee that will be true and say little."""
+    if args.disable_dp or args.process_index != 0:
+        return
+    batch = args.logical_batch_size
+    if args.noise_multiplier is not None and args.noise_multiplier < _LITTLE_NOISE:
+        logger.warning(
+            "noise_multiplier=%g is below %g: little protection; look at the epsilon it leads to.",
+            args.noise_multiplier,
+            _LITTLE_NOISE,
+        )
+    if args.target_epsilon is not None and args.target_epsilon > _LARGE_EPSILON:
+        logger.warning("target_epsilon=%g: little protection. Values from 1 to 8 are usual.", args.target_epsilon)
+    if dataset_size < _FEW_EXAMPLES:
+        logger.warning(
+            "The training set has %d examples: noise that hides one of so few hides most of what they have in common.",
+            dataset_size,
+        )
+    if batch < dataset_size < 2 * batch:
+        logger.warning(
+            "logical_batch_size=%d is more than half of the %d training examples: sampling hardly lowers epsilon.",
+            batch,
+            dataset_size,
+        )
+
+
 def refuse_callbacks(callbacks: Iterable[TrainerCallback], args: DPTrainingArguments) -> None:
     """Raise for a callback that lets training react to private metrics.
 
@@ -145,15 +201,19 @@ def refuse_callbacks(callbacks: Iterable[TrainerCallback], args: DPTrainingArgum
                 raise ArgumentRefused(f"{type(callback).__name__}: {SELECTION}. Remove it. {PUBLIC}")
 
 
-def refuse_optimizer(optimizer: torch.optim.Optimizer | None) -> None:
-    """Raise for an optimizer that evaluates the gradient several times in one step.
+def refuse_optimizer(
+    optimizer: torch.optim.Optimizer | None,
+    optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+) -> None:
+    """Raise for an optimizer, given or to be made, that evaluates the gradient several times in one step.
 
     Raises:
         ArgumentRefused: L-BFGS.
     """
-    if isinstance(optimizer, torch.optim.LBFGS):
+    to_be_made = optimizer_cls_and_kwargs is not None and issubclass(optimizer_cls_and_kwargs[0], torch.optim.LBFGS)
+    if isinstance(optimizer, torch.optim.LBFGS) or to_be_made:
         raise ArgumentRefused(
-            "optimizers: LBFGS evaluates the private data several times in one step, and only one evaluation is "
+            "The optimizer LBFGS evaluates the private data several times in one step, and only one evaluation is "
             "accounted. Use an optimizer that needs one gradient per step, such as SGD or AdamW."
         )
 
@@ -162,10 +222,10 @@ def refuse_evaluation_on_training_data(eval_dataset: Any, train_dataset: Any, ar
     """Raise if metrics of the private training data would be logged.
 
     Raises:
-        ArgumentRefused: `eval_dataset`, or one of several, is the training set itself.
+        ArgumentRefused: `eval_dataset`, or one of several, is the training set itself or has the same rows.
     """
     candidates = eval_dataset.values() if isinstance(eval_dataset, dict) else (eval_dataset,)
-    if not args.disable_dp and any(one is train_dataset and one is not None for one in candidates):
+    if not args.disable_dp and any(one is not None and same_rows(one, train_dataset) for one in candidates):
         raise ArgumentRefused(
             "eval_dataset is the training set: its metrics would be logged and saved, outside the guarantee. Evaluate "
             "on held-out data, or look at predict(), whose result stays in this process."

@@ -5,8 +5,10 @@ Nothing is spent yet when it is consulted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 from transformers.trainer_utils import HubStrategy, SaveStrategy, SchedulerType
 from transformers.training_args import DebugOption, OptimizerNames
@@ -53,7 +55,23 @@ def _accumulates(args: DPTrainingArguments) -> bool:
     return args.gradient_accumulation_steps != 1 or inner.get("num_steps", 1) != 1
 
 
+def _is_finite(value: object) -> bool:
+    return isinstance(value, Real) and math.isfinite(value)
+
+
 _TABLE = (
+    _Row(
+        "max_steps",
+        lambda args: not isinstance(args.max_steps, Integral),
+        "noise is calibrated for a whole number of steps",
+        "Give a positive whole number, or leave it at -1 and set num_train_epochs.",
+    ),
+    _Row(
+        "num_train_epochs",
+        lambda args: not _is_finite(args.num_train_epochs),
+        "no finite number of steps follows from it, so no budget can be planned",
+        "Give a positive finite number, or set max_steps.",
+    ),
     _Row(
         "gradient_accumulation_steps",
         _accumulates,

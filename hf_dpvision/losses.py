@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .errors import ArgumentRefused, ModelRefused
+from .errors import ArgumentRefused, DataRefused, ModelRefused
 
 
 Loss = Callable[[Tensor, Tensor, float], Tensor]
@@ -45,22 +45,48 @@ def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Ten
 
     Edge cases: an index outside `0 .. k - 1` gives loss 0 and gradient 0, so that one wrong label met during training
     neither stops the run, which would be seen, nor contributes.
+
+    Raises:
+        DataRefused: the labels are not one class index, or one probability per class, for each example.
     """
-    if not labels.is_floating_point():
+    if labels.is_floating_point():
+        _refuse_label_shape(labels.shape == logits.shape, logits, labels, "one whole number per example")
+    else:
+        _refuse_label_shape(labels.numel() == logits.shape[0], logits, labels, "one whole number per example")
         labels = labels.reshape(-1).long()
         labels = torch.where((labels >= 0) & (labels < logits.shape[-1]), labels, _IGNORED)
     return F.cross_entropy(logits, labels, reduction="none", ignore_index=_IGNORED, label_smoothing=smoothing)
 
 
 def binary_cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Return, per example, the mean over classes of the binary cross entropy: `[n]` from `[n, k]` and `[n, k]`."""
+    """Return, per example, the mean over classes of the binary cross entropy: `[n]` from `[n, k]` and `[n, k]`.
+
+    Raises:
+        DataRefused: the labels have another shape than the logits.
+    """
+    wanted = "one whole number per example, or 0 or 1 for every class"
+    _refuse_label_shape(labels.shape == logits.shape, logits, labels, wanted)
     return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none").flatten(1).mean(1)
 
 
 def squared_error(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Return, per example, the mean over outputs of the squared error: `[n]` from `[n, k]` and `[n, k]` or `[n]`."""
+    """Return, per example, the mean over outputs of the squared error: `[n]` from `[n, k]` and `[n, k]` or `[n]`.
+
+    Raises:
+        DataRefused: there are not as many labels as outputs.
+    """
+    _refuse_label_shape(labels.numel() == logits.numel(), logits, labels, "one value per output")
     targets = labels.to(logits.dtype).reshape(logits.shape)
     return F.mse_loss(logits, targets, reduction="none").flatten(1).mean(1)
+
+
+def _refuse_label_shape(fits: bool, logits: Tensor, labels: Tensor, wanted: str) -> None:
+    if not fits:
+        raise DataRefused(
+            f"The labels of {logits.shape[0]} examples are {labels.dtype} of shape {tuple(labels.shape)}, and the "
+            f"model has {logits.shape[-1]} outputs: this head needs {wanted}, or the loss would compare an example "
+            "with another one's label. Convert the labels, or choose another head (config.problem_type, num_labels)."
+        )
 
 
 _BY_PROBLEM: dict[str, Loss] = {

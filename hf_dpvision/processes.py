@@ -1,38 +1,95 @@
-"""What crosses processes: the sampling key and the weights once, the sums once per logical step."""
+"""What crosses processes: an agreement, the sampling key and the weights once, the sums once per logical step."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .errors import ArgumentRefused, ProcessLost
+
+
+def refuse_disagreement(digests: Mapping[str, str]) -> None:
+    """Raise, on every process, unless all of them were started with the same `digests`.
+
+    Args:
+        digests: what has to agree, by name (`agreement.digests`); short texts, for they are compared as they are.
+
+    Raises:
+        ArgumentRefused: naming what differs, and which process differs from the first.
+        ProcessLost: a process ended before it could be asked.
+    """
+    if not _several():
+        return
+    everyone: list[Mapping[str, str]] = [{}] * dist.get_world_size()
+    with _all_alive():
+        dist.all_gather_object(everyone, dict(digests))
+    first = everyone[0]
+    for rank, other in enumerate(everyone):
+        differing = sorted(name for name in first.keys() | other.keys() if first.get(name) != other.get(name))
+        if differing:
+            raise ArgumentRefused(
+                f"Process {rank} differs from process 0 in {', '.join(differing)}: their gradients would be added up "
+                "all the same, and the ledger of process 0 would describe only its own. Start all processes with "
+                "the same command, package version and data."
+            )
+
 
 def same_key(key: bytes, device: torch.device) -> bytes:
-    """Return the key of rank 0, on every process; with one process, `key` itself."""
+    """Return the key of rank 0, on every process; with one process, `key` itself.
+
+    Raises:
+        ProcessLost: another process has ended.
+    """
     if not _several():
         return key
     shared = torch.tensor(list(key), dtype=torch.uint8, device=device)
-    dist.broadcast(shared, src=0)
+    with _all_alive():
+        dist.broadcast(shared, src=0)
     return bytes(shared.tolist())
 
 
 def same_weights(model: nn.Module) -> None:
-    """Overwrite parameters and buffers with those of rank 0."""
+    """Overwrite parameters and buffers with those of rank 0.
+
+    Raises:
+        ProcessLost: another process has ended.
+    """
     if _several():
-        for tensor in (*model.parameters(), *model.buffers()):
-            dist.broadcast(tensor.data, src=0)
+        with _all_alive():
+            for tensor in (*model.parameters(), *model.buffers()):
+                dist.broadcast(tensor.data, src=0)
 
 
 def total(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the sums over all processes, bit-identical on each of them, in one reduction."""
+    """Return the sums over all processes, bit-identical on each of them, in one reduction.
+
+    Raises:
+        ProcessLost: another process has ended, so the sum of this step cannot be completed.
+    """
     if not _several():
         return dict(sums)
     flat = torch.cat([value.reshape(-1) for value in sums.values()])
-    dist.all_reduce(flat)
+    with _all_alive():
+        dist.all_reduce(flat)
     parts = flat.split([value.numel() for value in sums.values()])
     return {name: part.view_as(value) for part, (name, value) in zip(parts, sums.items(), strict=True)}
+
+
+@contextmanager
+def _all_alive() -> Iterator[None]:
+    """Say what a failed exchange means; the backend only reports a closed connection or a timeout."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ProcessLost(
+            f"Process {dist.get_rank()} of {dist.get_world_size()} waited for the others in vain ({error}): one of "
+            "them has ended or hangs, so this run stops here. Nothing of the unfinished step has been released, and "
+            "what was charged stays charged. The cause is in the output of the process that ended first."
+        ) from error
 
 
 def _several() -> bool:

@@ -16,15 +16,16 @@ from torch.utils.data import DataLoader
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import TrainOutput, seed_worker
 
-from . import guards, processes
+from . import agreement, guards, processes
 from .collector import zeros
+from .data.examples import OneByOne
 from .data.labels import refuse_labels
 from .errors import ArgumentRefused
 from .guards_arguments import refuse_arguments
 from .losses import model_losses
 from .mechanism import Mechanism, Randomness, SystemRandomness
 from .models import load_model
-from .probe import describe_example, random_examples
+from .probe import describe_example, explained_failure, random_examples
 from .progress import ClaimAtStart, PrivacyProgress
 from .run import PrivacyRun
 from .sampling import LogicalBatch, LogicalBatchIndices, LogicalBatchLoader, MicrobatchStream, PoissonSampler
@@ -79,7 +80,7 @@ class DPTrainer(StatingTrainer):
         randomness: Randomness | None = None,
     ) -> None:
         refuse_arguments(args)
-        guards.refuse_optimizer(optimizers[0])
+        guards.refuse_optimizer(optimizers[0], optimizer_cls_and_kwargs)
         if args.n_gpu > 1:
             logger.warning("One process sees %d GPUs and uses one of them; start one process per GPU.", args.n_gpu)
             args._n_gpu = 1  # otherwise Trainer wraps the model in DataParallel
@@ -130,8 +131,11 @@ class DPTrainer(StatingTrainer):
         self._refuse()
         guards.refuse_model(self.model)
         dataset_size = guards.refuse_dataset(self.train_dataset, self.args)
+        guards.refuse_evaluation_on_training_data(self.eval_dataset, self.train_dataset, self.args)
+        guards.warn_of_little_protection(self.args, dataset_size)
         if self._config is not None and self._config.problem_type in (None, "single_label_classification"):
             refuse_labels(self.train_dataset, self._config.num_labels)
+        processes.refuse_disagreement(agreement.digests(self.args, self.model, dataset_size))
         self._check_clipping()
         self._mechanism = self._run.start(self.args, dataset_size)
         try:
@@ -165,13 +169,15 @@ class DPTrainer(StatingTrainer):
         description = describe_example(self.train_dataset, self._collator(), label_name)
         if self.args.self_check and not self.args.disable_dp:
             self.model.train()
-            self_check(
-                _in_full_precision(self.model),
-                self.per_sample_loss,
-                random_examples(description, _CHECKED_EXAMPLES, label_name, self.args.device),
-                norm_rule=self.args.norm_rule,
-                backward_passes=self.args.backward_passes,
-            )
+            examples = random_examples(description, _CHECKED_EXAMPLES, label_name, self.args.device)
+            with explained_failure(examples):
+                self_check(
+                    _in_full_precision(self.model),
+                    self.per_sample_loss,
+                    examples,
+                    norm_rule=self.args.norm_rule,
+                    backward_passes=self.args.backward_passes,
+                )
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: DataLoader | None = None) -> nn.Module:
         """Place the model and switch autocast on, but never wrap it: gradients cross processes in `training_step`."""
@@ -218,7 +224,7 @@ class DPTrainer(StatingTrainer):
     def _example_loader(self, batch_sampler: Any) -> DataLoader:
         args = self.args
         return DataLoader(
-            self.train_dataset,
+            OneByOne(self.train_dataset),
             batch_sampler=batch_sampler,
             collate_fn=self._collator(),
             num_workers=args.dataloader_num_workers,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from datasets import Dataset, Image
 from PIL import Image as PILImage
@@ -48,6 +49,38 @@ class ImageExamples(TorchDataset):
         row = self.rows[int(index)]
         picture = read_image(row[self.columns.image], int(index), self.part)
         return {"pixel_values": self.transform(picture), "labels": int(row[self.columns.label])}
+
+
+def same_rows(one: Any, other: Any) -> bool:
+    """Whether two data sets are one: the same object, or `datasets` with the same rows in the same order.
+
+    Formats and transforms do not count; other columns or another order make other rows.
+    """
+    if isinstance(one, ImageExamples) and isinstance(other, ImageExamples):
+        return same_rows(one.rows, other.rows)
+    if isinstance(one, Dataset) and isinstance(other, Dataset):
+        if len(one) != len(other) or (one._indices is None) != (other._indices is None):
+            return False
+        same_order = one._indices is None or one._indices.table.equals(other._indices.table)
+        return same_order and one.data.table.equals(other.data.table)
+    return one is other
+
+
+@dataclass(frozen=True)
+class OneByOne(TorchDataset):
+    """Any map-style data set, read one index at a time.
+
+    Guarantee: a transform of the data set, such as one set by `with_transform`, is never given two examples together,
+    so it can neither mix them nor make several rows out of one.
+    """
+
+    dataset: Any
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[index]
 
 
 def image_examples(

@@ -1,0 +1,195 @@
+"""One process of a run of several, for test_processes.py: `processes_worker.py JOB... FOLDER`, under a launcher.
+
+With `--fork` it starts its two processes itself, without a launcher that would end the survivors of a crash.
+"""
+
+from __future__ import annotations
+
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import gc  # noqa: E402
+import hashlib  # noqa: E402
+import json  # noqa: E402
+import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+from trainer_cases import CLASSES, Images, Linear, tiny_vit, trainer, weights  # noqa: E402
+from transformers import (  # noqa: E402
+    BeitConfig,
+    BeitForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    TrainerCallback,
+)
+
+from hf_dpvision import agreement  # noqa: E402
+from hf_dpvision.batchnorm import replace_batchnorm, to_group_norm  # noqa: E402
+from hf_dpvision.errors import ArgumentRefused  # noqa: E402
+
+
+RANK = 0
+
+
+def tiny_beit() -> nn.Module:
+    """A BEiT of two blocks with relative position tables and layer scales."""
+    torch.manual_seed(0)
+    return BeitForImageClassification(
+        BeitConfig(
+            hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=16,
+            patch_size=8, num_labels=CLASSES, use_relative_position_bias=True, drop_path_rate=0.0,
+        )
+    )  # fmt: skip
+
+
+def tiny_resnet() -> nn.Module:
+    """A ResNet of two stages with GroupNorm."""
+    torch.manual_seed(0)
+    config = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=CLASSES
+    )
+    return replace_batchnorm(ResNetForImageClassification(config), to_group_norm)
+
+
+MODELS = {"vit": tiny_vit, "beit": tiny_beit, "resnet": tiny_resnet}
+
+
+def noise_run(folder: Path) -> Any:
+    """A run of 40 steps that release only noise: a draw is empty (about every third) or its gradients are zero."""
+    data = Images()
+    data.pixels[:] = float("nan")
+    return trainer(
+        folder, Linear(), train_dataset=data, seed=7, logical_batch_size=1, max_steps=40, noise_multiplier=1.5,
+        per_sample_max_grad_norm=0.3,
+    )  # fmt: skip
+
+
+class Hashes(TrainerCallback):
+    """Notes a hash of the weights after every step, and dies in the middle of one if told to."""
+
+    def __init__(self, die_after: int | None = None) -> None:
+        self.of_step: list[str] = []
+        self.die_after = die_after
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.of_step.append(hashlib.sha256(weights(model).numpy().tobytes()).hexdigest())
+        if state.global_step == self.die_after:
+            os._exit(3)
+
+
+def run_of(model: nn.Module, folder: Path, **changes: Any) -> tuple[Any, list[str]]:
+    """Train for 20 steps; return the trainer and the hashes after each step."""
+    hashes = Hashes(changes.pop("die_after", None))
+    run = trainer(folder, model, max_steps=changes.pop("max_steps", 20), callbacks=[hashes], **changes)
+    run.train()
+    return run, hashes.of_step
+
+
+def job_equality(folder: Path) -> None:
+    """Each family, from other initial weights on rank 1 and with its own output folder, with one checkpoint."""
+    for name, build in MODELS.items():
+        model = build()
+        if RANK:
+            for tensor in (*model.parameters(), *model.buffers()):
+                if tensor.is_floating_point():
+                    tensor.data.add_(torch.randn_like(tensor))
+        own = folder / name / f"files{RANK}"
+        run, hashes = run_of(model, own, save_strategy="steps", save_steps=20, self_check=True)
+        run.save_model()
+        run.create_model_card()
+        report(folder / name, hashes=hashes, epsilon=run.epsilon().upper, world=run.args.world_size)
+        if RANK == 0:
+            torch.save(weights(run.model), folder / name / "weights.pt")
+
+
+def job_rare(folder: Path) -> None:
+    """One example per step on average, so that a process often has none."""
+    run, hashes = run_of(tiny_vit(), folder / "rare", logical_batch_size=1)
+    report(folder / "rare", hashes=hashes)
+    if RANK == 0:
+        torch.save(weights(run.model), folder / "rare" / "weights.pt")
+
+
+def job_noise(folder: Path) -> None:
+    """Only noise is released; both processes start from the same weights, so that the movement is all noise."""
+    torch.manual_seed(0)
+    run = noise_run(folder / "noise")
+    start = weights(run.model)
+    run.train()
+    report(folder / "noise", loaded=run.train_dataset.seen[1:])
+    if RANK == 0:
+        torch.save(weights(run.model) - start, folder / "noise" / "moved.pt")
+
+
+def job_disagreement(folder: Path) -> None:
+    """One process has another argument, data set, model or code; the refusals are reported."""
+    own_code = agreement.code
+    found = {}
+    for what in ("learning_rate", "size", "model", "code"):
+        changes = {"learning_rate": 0.2} if (what, RANK) == ("learning_rate", 1) else {}
+        data = Images(65 if (what, RANK) == ("size", 1) else 64)
+        model = Linear()
+        if (what, RANK) == ("model", 1):
+            model.head.bias.requires_grad_(False)
+        agreement.code = (lambda: "another") if (what, RANK) == ("code", 1) else own_code
+        run = trainer(folder / "disagreement", model, train_dataset=data, **changes)
+        try:
+            run.train()
+        except ArgumentRefused as refusal:
+            found[what] = [str(refusal), run.epsilon().upper]
+    agreement.code = own_code
+    report(folder / "disagreement", refusals=found)
+
+
+def job_die(folder: Path) -> None:
+    """Rank 1 ends after three of twenty steps, without a word."""
+    run_of(Linear(), folder / "die", die_after=3 if RANK else None, eval_dataset=Images(8))
+
+
+def report(folder: Path, **found: Any) -> None:
+    """Write what this process found."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"report{RANK}.json").write_text(json.dumps(found))
+
+
+def main(rank: int, jobs: list[str], folder: Path) -> None:
+    """Do the jobs one after the other, as one of two processes."""
+    global RANK
+    RANK = rank
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()
+    for job in jobs:
+        globals()[f"job_{job}"](folder)
+
+
+def fork(jobs: list[str], folder: Path) -> None:
+    """Start both processes by hand; exit with 1 if rank 0 ended by an error, whose text it printed."""
+    children = {}
+    for rank in (0, 1):
+        pid = os.fork()
+        if pid == 0:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+            try:
+                main(rank, jobs, folder)
+            except Exception as error:
+                print(f"rank {rank}: {type(error).__name__}: {error}", flush=True)
+                os._exit(1)
+            os._exit(0)
+        children[pid] = rank
+    codes = {children[pid]: os.waitstatus_to_exitcode(status) for pid, status in (os.wait(), os.wait())}
+    print(f"exit codes {codes[0]} {codes[1]}")
+    sys.exit(codes[0])
+
+
+if __name__ == "__main__":
+    *names, target = sys.argv[1:]
+    if names[0] == "--fork":
+        fork(names[1:], Path(target))
+    else:
+        main(int(os.environ["RANK"]), names, Path(target))

@@ -1,0 +1,224 @@
+"""Two processes do what one does: the same weights, noise of the same size, the same epsilon; and none waits forever.
+
+The processes are started by torchrun and by accelerate, on one machine, with the gloo backend on the CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+from processes_worker import MODELS, noise_run, run_of
+from scipy import stats
+from trainer_cases import tiny_vit, weights
+
+from hf_dpvision import processes
+
+
+pytestmark = pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
+    reason="this torch has no gloo backend, without which two processes cannot talk on a CPU",
+)
+
+TESTS = Path(__file__).parent
+PATIENCE = 300  # seconds; only guards against a hang
+
+
+def free_port() -> str:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
+
+
+def launch(*command: str) -> subprocess.CompletedProcess[str]:
+    """Run a command with what the workers need in its environment, and wait for it."""
+    paths = [str(TESTS), str(TESTS.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+    environment |= {
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path), "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(),
+    }  # fmt: skip
+    return subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, env=environment, timeout=PATIENCE, check=False
+    )
+
+
+WORKER = str(TESTS / "processes_worker.py")
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--redirects", "3", "--log_dir", "{folder}/logs",
+            "--master_addr", "127.0.0.1", "--master_port")  # fmt: skip
+ACCELERATE = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Launched:
+    """What a launch left behind: a folder with the workers' reports, its exit code and what it printed last."""
+
+    folder: Path
+    code: int
+    stderr: str
+
+
+def launched_once(factory: pytest.TempPathFactory, name: str, launcher: tuple[str, ...], *jobs: str) -> Launched:
+    """Launch the workers for these jobs, once per test run; `{folder}` in the launcher's options is their folder.
+
+    With pytest-xdist several test processes ask for it; the first one launches, the others wait.
+    """
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"launched-by-{name}"
+    result = folder / "launched.json"
+    with FileLock(f"{folder}.lock"):
+        if not result.exists():
+            folder.mkdir()
+            options = [option.format(folder=folder) for option in launcher]
+            ended = launch(*options, free_port(), WORKER, *jobs, str(folder))
+            result.write_text(json.dumps({"code": ended.returncode, "stderr": ended.stderr}))
+    return Launched(folder, **json.loads(result.read_text()))
+
+
+@pytest.fixture(scope="module")
+def torchrun(tmp_path_factory) -> Path:
+    """The folder in which two processes of torchrun did all jobs but the deadly one; logs/ has their output."""
+    jobs = ("equality", "rare", "noise", "disagreement")
+    launched = launched_once(tmp_path_factory, "torchrun", TORCHRUN, *jobs)
+    assert launched.code == 0, launched.stderr[-3000:]
+    return launched.folder
+
+
+@pytest.fixture(scope="module")
+def accelerated(tmp_path_factory) -> Launched:
+    """What two processes of `accelerate launch` left behind, one of which died in their last job."""
+    return launched_once(tmp_path_factory, "accelerate", ACCELERATE, "equality", "die")
+
+
+@pytest.fixture(scope="module")
+def folders(torchrun, accelerated) -> dict[str, Path]:
+    """Launcher -> its folder."""
+    return {"torchrun": torchrun, "accelerate": accelerated.folder}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> dict[str, tuple[torch.Tensor, list[str], float]]:
+    """Family -> weights, hashes and epsilon of the same run in one process."""
+    found = {}
+    for name, build in MODELS.items():
+        run, hashes = run_of(build(), tmp_path_factory.mktemp(name))
+        found[name] = (weights(run.model), hashes, run.epsilon().upper)
+    return found
+
+
+def reports(folder: Path) -> list[dict]:
+    """What both processes wrote down."""
+    return [json.loads((folder / f"report{rank}.json").read_text()) for rank in (0, 1)]
+
+
+LAUNCHERS = pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+FAMILIES = pytest.mark.parametrize("family", MODELS)
+
+
+@LAUNCHERS
+@FAMILIES
+def test_two_processes_equal_one_whatever_weights_the_second_started_with(folders, alone, launcher, family):
+    together = torch.load(folders[launcher] / family / "weights.pt", weights_only=True)
+    start = weights(MODELS[family]())
+    assert (together - alone[family][0]).abs().max() < 1e-6
+    assert (together - start).abs().max() > 1e-3  # something was learnt, and noise added
+
+
+@LAUNCHERS
+@FAMILIES
+def test_processes_are_bit_identical_after_every_step(folders, launcher, family):
+    first, second = reports(folders[launcher] / family)
+    assert first["world"] == second["world"] == 2
+    assert first["hashes"] == second["hashes"]
+    assert len(set(first["hashes"])) == 20
+
+
+@LAUNCHERS
+@FAMILIES
+def test_epsilon_does_not_depend_on_the_number_of_processes(folders, alone, launcher, family):
+    for report in reports(folders[launcher] / family):
+        assert report["epsilon"] == alone[family][2] > 0
+
+
+def test_a_process_without_examples_takes_part_all_the_same(torchrun, tmp_path):
+    first, second = reports(torchrun / "rare")
+    assert len(first["hashes"]) == 20 and first["hashes"] == second["hashes"]
+    run, _ = run_of(tiny_vit(), tmp_path, logical_batch_size=1)
+    together = torch.load(torchrun / "rare" / "weights.pt", weights_only=True)
+    assert (together - weights(run.model)).abs().max() < 1e-6
+
+
+def test_every_drawn_example_is_loaded_by_exactly_one_process(torchrun, tmp_path):
+    run = noise_run(tmp_path)
+    run.train()
+    first, second = (report["loaded"] for report in reports(torchrun / "noise"))
+    assert first and second and sorted(first + second) == sorted(run.train_dataset.seen[1:])
+    assert len(first) < 40  # some draws were empty
+
+
+def test_noise_of_two_processes_has_the_standard_deviation_of_one(torchrun):
+    # sum of squares of 2307 standard normals, exact chi-square quantiles; false-positive rate 1e-6
+    moved = torch.load(torchrun / "noise" / "moved.pt", weights_only=True).double()
+    std = 0.1 * 1.5 * 0.3 * 40**0.5  # learning rate, sigma, C, steps; the expected batch size is 1
+    low, high = stats.chi2.ppf([5e-7, 1 - 5e-7], moved.numel())
+    assert low < float((moved / std).square().sum()) < high
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("learning_rate", "the argument learning_rate"),
+        ("size", "the training set's size"),
+        ("model", "the model's parameters"),
+        ("code", "the package's code"),
+    ],
+)
+def test_processes_that_disagree_are_refused_on_every_one_of_them_with_nothing_charged(torchrun, what, words):
+    for report in reports(torchrun / "disagreement"):
+        message, epsilon = report["refusals"][what]
+        assert f"Process 1 differs from process 0 in {words}:" in message and "same command" in message
+        assert epsilon == 0
+
+
+def test_only_the_first_process_prints_and_writes(torchrun):
+    def output(rank: int, stream: str) -> str:
+        (log,) = (torchrun / "logs").glob(f"**/{rank}/{stream}.log")
+        return log.read_text()
+
+    assert output(0, "stdout").count("What this run will claim") == 5 and output(1, "stdout") == ""
+    assert "claim" not in output(1, "stderr") and "train_runtime" not in output(1, "stderr")
+    for family in MODELS:
+        written = {rank: torchrun / family / f"files{rank}" for rank in (0, 1)}
+        assert (written[0] / "model.safetensors").exists() and (written[0] / "privacy.json").exists()
+        # the state of dropout's generator, without which a resumed run would differ; transformers writes one each
+        assert [path.name for path in written[1].rglob("*") if path.is_file()] == ["rng_state_1.pth"]
+
+
+def test_a_process_that_dies_ends_the_launch(accelerated):
+    done = [(accelerated.folder / family / "report0.json").exists() for family in MODELS]
+    assert all(done), accelerated.stderr[-3000:]
+    assert accelerated.code != 0
+    assert "exitcode  : 3" in accelerated.stderr and "rank      : 1" in accelerated.stderr
+
+
+def test_the_survivor_of_a_process_that_dies_ends_by_itself_and_says_why(tmp_path):
+    ended = launch(WORKER, "--fork", "die", str(tmp_path))
+    assert "exit codes 1 3" in ended.stdout and ended.returncode == 1, ended.stdout + ended.stderr[-3000:]
+    assert "rank 0: ProcessLost: Process 0 of 2 waited for the others in vain" in ended.stdout
+    assert "what was charged stays charged" in ended.stdout
+
+
+def test_with_one_process_nothing_is_exchanged():
+    sums = {"weight": torch.ones(2)}
+    processes.refuse_disagreement({"anything": "at all"})
+    assert processes.total(sums) == sums and processes.same_key(b"key", torch.device("cpu")) == b"key"
