@@ -41,3 +41,11 @@ class AccountingError(DPVisionError, RuntimeError):
 
 class BudgetExceeded(DPVisionError, RuntimeError):
     """The next step would spend more than the privacy budget that was set."""
+
+
+class LedgerRefused(RefusedError):
+    """The ledger on disk is missing, edited, in use, or that of another run: what was spent cannot be known."""
+
+
+class LedgerError(DPVisionError, RuntimeError):
+    """A step could not be written down, so it was not taken."""
