@@ -186,7 +186,8 @@ def refuse_changed_facts(now: Mapping[str, Any], written: Mapping[str, Any]) -> 
     """
     calibrated = written["target_epsilon"] is not None
     then = {**written, "noise_multiplier": None} if calibrated else {**written, "accountant": now["accountant"]}
-    changed = [f"{name}: {value!r} now, {then[name]!r} before" for name, value in now.items() if value != then[name]]
+    pairs = [(name, value, then.get(name)) for name, value in now.items()]
+    changed = [f"{name}: {new!r} now, {old!r} before" for name, new, old in pairs if new != old]
     if changed:
         raise ArgumentRefused(
             f"The run to be resumed was begun with other facts ({'; '.join(changed)}). Its noise, its budget and its "

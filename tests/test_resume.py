@@ -153,6 +153,20 @@ def test_a_checkpoint_cut_short_is_passed_over(tmp_path):
     assert run._run.ledger.steps == 6 + 11 - 2
 
 
+def test_a_checkpoint_that_is_being_overwritten_is_not_whole(tmp_path, monkeypatch):
+    trainer(tmp_path, Linear(), **SAVING | {"max_steps": 4}).train()
+    again = trainer(tmp_path, Linear(), **SAVING | {"max_steps": 4})
+
+    def dies(folder):
+        raise Dies(folder)
+
+    monkeypatch.setattr(again, "_save_rng_state", dies)  # weights and optimizer have been written
+    with pytest.raises(Dies, match="checkpoint-3"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    with pytest.raises(ArgumentRefused, match="trainer_state.json cannot be read"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
 CHANGES = [
     ({"logical_batch_size": 16}, "logical_batch_size: 16 now, 8 before"),
     ({"noise_multiplier": 1.5}, "noise_multiplier: 1.5 now, 1.0 before"),

@@ -137,7 +137,7 @@ class Journal:
         self.mark: Mark | None = None
         try:
             self.history = read_journal(self.folder)
-        except LedgerRefused:
+        except (LedgerRefused, OSError):
             self._lock.release()
             raise
 
