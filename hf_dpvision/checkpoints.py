@@ -1,17 +1,106 @@
-"""Load saved weights completely or not at all."""
+"""Find whole checkpoints, and load saved weights completely or not at all. No code of a checkpoint is executed."""
 
 from __future__ import annotations
 
+import json
+import logging
+import re
+import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
+import safetensors
 import safetensors.torch
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
-from .errors import ModelRefused
+from .accounting.journal import Mark
+from .errors import ArgumentRefused, ModelRefused
+from .statement import STATEMENT_FILE
 
 
 WEIGHTS = "model.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """Where a run is taken up again.
+
+    Attributes:
+        folder: of the checkpoint; None if the run died before its first one, so that it starts from its first weights.
+        step: optimizer steps behind the weights.
+        mark: where the ledger stood when they were saved; None if the checkpoint names no ledger.
+    """
+
+    folder: Path | None
+    step: int
+    mark: Mark | None
+
+
+def find_resume_point(resume: str | bool, output_dir: str | Path) -> ResumePoint:
+    """Return the checkpoint `resume`, or for True the last whole one below `output_dir`.
+
+    A checkpoint that was being written when its run died is passed over. With none at all, the run is taken up at its
+    beginning; what it charged stays charged.
+
+    Raises:
+        ArgumentRefused: `resume` is a folder that is not a whole checkpoint; the message says what is missing.
+    """
+    if resume is not True:
+        folder = Path(resume)
+        flaw = _flaw(folder)
+        if flaw is not None:
+            raise ArgumentRefused(
+                f"resume_from_checkpoint={folder.name!r} is not a whole checkpoint: {flaw}. Resuming from part of one "
+                "would not continue the same training. Name another one, or say True for the last whole one."
+            )
+        return _read_point(folder)
+    for _, folder in sorted(_numbered(Path(output_dir)), reverse=True):
+        flaw = _flaw(folder)
+        if flaw is None:
+            return _read_point(folder)
+        logger.warning("%s is passed over: %s.", folder.name, flaw)
+    logger.warning("No whole checkpoint in %s: starting from the first weights.", Path(output_dir).name)
+    return ResumePoint(None, 0, None)
+
+
+def _numbered(folder: Path) -> list[tuple[int, Path]]:
+    found = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.glob("checkpoint-*"))
+    return [(int(match[1]), path) for match, path in found if match is not None and path.is_dir()]
+
+
+def _flaw(folder: Path) -> str | None:
+    """Say what is missing or cut short in a checkpoint, None if nothing is. The trainer's state is written last."""
+    try:
+        json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
+        json.loads((folder / STATEMENT_FILE).read_text(encoding="utf-8"))["guarantee"]
+    except OSError as error:
+        return f"{Path(error.filename or folder).name} cannot be read"
+    except (ValueError, KeyError, TypeError):
+        return f"{TRAINER_STATE_NAME} or {STATEMENT_FILE} was not written to its end"
+    weights = [*folder.glob("model*.safetensors"), *folder.glob("adapter_model*.safetensors")]
+    if not weights:
+        return "it has no weights in safetensors"
+    for path in weights:
+        try:
+            safetensors.safe_open(path, framework="pt").keys()
+        except (safetensors.SafetensorError, OSError):
+            return f"{path.name} is cut short"
+    for name in (OPTIMIZER_NAME, SCHEDULER_NAME):
+        if not zipfile.is_zipfile(folder / name):
+            return f"{name} is missing or cut short"
+    return None
+
+
+def _read_point(folder: Path) -> ResumePoint:
+    step = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
+    mark = json.loads((folder / STATEMENT_FILE).read_text(encoding="utf-8")).get("ledger")
+    return ResumePoint(folder, step, None if mark is None else Mark(**mark))
 
 
 def load_strictly(model: nn.Module, folder: str | Path) -> None:
@@ -47,3 +136,25 @@ def load_strictly(model: nn.Module, folder: str | Path) -> None:
             "not the one that was trained. Build the model with the configuration saved beside the weights."
         )
     model.load_state_dict({name: state[name] for name in wanted}, strict=True)
+
+
+def refuse_partly_loaded_adapter(model: nn.Module, folder: str | Path, adapter: str) -> None:
+    """Raise unless every trainable parameter of a PEFT model now has the value saved in `folder`.
+
+    Raises:
+        ModelRefused: naming tensors that did not fit.
+    """
+    saved = safetensors.torch.load_file(Path(folder) / ADAPTER_WEIGHTS)
+    wanted: dict[str, Tensor] = {
+        name.replace(f".modules_to_save.{adapter}", "").replace(f".{adapter}", ""): parameter.detach().cpu()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    lost = [name for name, value in wanted.items() if name not in saved or not torch.equal(saved[name], value)]
+    left_over = sorted(saved.keys() - wanted.keys())
+    if lost or left_over:
+        raise ModelRefused(
+            f"The adapter in {Path(folder).name!r} does not fit this {type(model).__name__}: {len(lost)} trainable "
+            f"tensors did not get its values ({lost[:4]}), {len(left_over)} are left over ({left_over[:4]}). Build "
+            "the model with the adapter configuration saved beside them."
+        )

@@ -45,3 +45,11 @@ class BudgetExceeded(DPVisionError, RuntimeError):
 
 class ProcessLost(DPVisionError, RuntimeError):
     """Another process of the same run has ended; what was charged stays charged."""
+
+
+class LedgerRefused(RefusedError):
+    """The ledger on disk is missing, edited, in use, or that of another run: what was spent cannot be known."""
+
+
+class LedgerError(DPVisionError, RuntimeError):
+    """A step could not be written down, so it was not taken."""

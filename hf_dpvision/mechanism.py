@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .accounting import Ledger
+from .accounting.journal import Journal
 from .clipping import Clipping
 from .dpsgd import PerExampleLoss, clipped_gradient
 from .errors import BudgetExceeded
@@ -26,8 +28,8 @@ class Randomness(Protocol):
     def sampling_key(self, train_call: int) -> bytes:
         """Return the key of the draws of the `train_call`-th call of `train()`."""
 
-    def noise_source(self, device: torch.device) -> NoiseSource:
-        """Return the source of all noise of one trainer."""
+    def noise_source(self, device: torch.device) -> Callable[[int], NoiseSource]:
+        """Return whom to ask for the noise of the `step`-th charged step of the ledger, 1 being the first."""
 
 
 class SystemRandomness:
@@ -38,22 +40,35 @@ class SystemRandomness:
     def sampling_key(self, train_call: int) -> bytes:
         return new_key()
 
-    def noise_source(self, device: torch.device) -> NoiseSource:
-        return NoiseSource.from_os_entropy(device)
+    def noise_source(self, device: torch.device) -> Callable[[int], NoiseSource]:
+        source = NoiseSource.from_os_entropy(device)  # one for all steps: it only ever moves on
+        return lambda step: source
 
 
 @dataclass(frozen=True)
 class FixedRandomness:
-    """Repeatable draws and noise for tests. It protects nothing, and the statement of the run says so."""
+    """Repeatable draws and noise for tests. It protects nothing, and the statement of the run says so.
+
+    The noise of a step depends on its number in the ledger alone, so that a resumed run can be compared with one that
+    was not interrupted, and a step that is taken again gets other noise.
+    """
 
     seed: int
     secret = False
 
     def sampling_key(self, train_call: int) -> bytes:
-        return hashlib.blake2b(f"{self.seed} {train_call}".encode(), digest_size=KEY_BYTES).digest()
+        return self._hash(f"{self.seed} {train_call}", KEY_BYTES)
 
-    def noise_source(self, device: torch.device) -> NoiseSource:
-        return NoiseSource.for_tests(self.seed, device)
+    def noise_source(self, device: torch.device) -> Callable[[int], NoiseSource]:
+        def source(step: int) -> NoiseSource:
+            seed = int.from_bytes(self._hash(f"noise {self.seed} {step}", 7))
+            return NoiseSource.for_tests(seed, device)
+
+        return source
+
+    @staticmethod
+    def _hash(text: str, size: int) -> bytes:
+        return hashlib.blake2b(text.encode(), digest_size=size).digest()
 
 
 class Mechanism(Protocol):
@@ -81,7 +96,8 @@ class PrivateMechanism:
         sample_rate: probability with which each example takes part in a step.
         planned_steps: most events that `ledger` may hold.
         ledger: events so far; continued, never reset.
-        noise: drawn from once per parameter and step.
+        journal: the ledger on disk, in the process that writes it; None in the others.
+        noise: source by number of the charged step; drawn from once per parameter and step.
     """
 
     def __init__(
@@ -94,13 +110,15 @@ class PrivateMechanism:
         sample_rate: float,
         planned_steps: int,
         ledger: Ledger,
-        noise: NoiseSource,
+        journal: Journal | None,
+        noise: Callable[[int], NoiseSource],
     ) -> None:
         self.clipping = clipping
         self.noise_multiplier = noise_multiplier
         self.sample_rate = sample_rate
         self.planned_steps = planned_steps
         self.ledger = ledger
+        self._journal = journal
         self._norm_rule = norm_rule
         self._backward_passes = backward_passes
         self._noise = noise
@@ -117,21 +135,25 @@ class PrivateMechanism:
         ).gradients
 
     def charge(self) -> None:
-        """Put one step into the ledger.
+        """Put one step into the ledger, on disk first.
 
         Raises:
             BudgetExceeded: all planned steps have been charged.
+            LedgerError: the step could not be written down; it must not be taken.
         """
         if self.ledger.steps >= self.planned_steps:
             raise BudgetExceeded(
                 f"Step {self.ledger.steps + 1} would exceed the {self.planned_steps} planned steps, for which the "
                 "claimed epsilon holds. Plan more steps from the start."
             )
+        if self._journal is not None:
+            self._journal.charge(self.sample_rate, self.noise_multiplier)
         self.ledger.charge(self.sample_rate, self.noise_multiplier)
 
     def add_noise(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the sums plus noise; see `noise.add_noise`."""
-        return add_noise(sums, self.noise_multiplier * self.clipping.sensitivity(), self._noise)
+        """Return the sums plus the noise of the step charged last; see `noise.add_noise`."""
+        source = self._noise(self.ledger.steps)
+        return add_noise(sums, self.noise_multiplier * self.clipping.sensitivity(), source)
 
 
 class WithoutPrivacy:

@@ -1,4 +1,4 @@
-"""What crosses processes: an agreement, the sampling key and the weights once, the sums once per logical step."""
+"""What crosses processes: an agreement, the key, the ledger and the weights once, the sums once per logical step."""
 
 from __future__ import annotations
 
@@ -50,6 +50,20 @@ def same_key(key: bytes, device: torch.device) -> bytes:
     with _all_alive():
         dist.broadcast(shared, src=0)
     return bytes(shared.tolist())
+
+
+def same_text(text: str, device: torch.device) -> str:
+    """Return the text of rank 0, on every process; with one process, `text` itself."""
+    if not _several():
+        return text
+    content = text.encode()
+    length = torch.tensor([len(content)], device=device)
+    dist.broadcast(length, src=0)
+    shared = torch.zeros(int(length), dtype=torch.uint8, device=device)
+    if dist.get_rank() == 0:
+        shared = torch.tensor(list(content), dtype=torch.uint8, device=device)
+    dist.broadcast(shared, src=0)
+    return bytes(shared.tolist()).decode()
 
 
 def same_weights(model: nn.Module) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import SaveStrategy
 
 
 # What a Trainer logs by itself and what depends on who was sampled.
@@ -43,6 +44,24 @@ class ClaimAtStart(TrainerCallback):
         """Print the claim once, on the main process."""
         if state.is_world_process_zero:
             tqdm.write(f"What this run will claim once all its steps are done:\n{self._claim()}\n")
+
+
+class StopWhenSpent(TrainerCallback):
+    """Ends training, with a checkpoint if there are any, when the ledger is full before the last step is reached.
+
+    That happens after a resume: steps that were charged and lost stay charged.
+    """
+
+    def __init__(self, spent: Callable[[], bool]) -> None:
+        self._spent = spent
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop instead of letting the next step be refused."""
+        if self._spent() and state.global_step < state.max_steps:
+            control.should_training_stop = True
+            control.should_save = control.should_save or args.save_strategy != SaveStrategy.NO
 
 
 def strip_private(logs: dict[str, Any]) -> bool:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
 
-from . import accounting
+from . import processes
 from .accounting import Bounds, Event, Ledger
-from .errors import ArgumentRefused, BudgetExceeded
+from .accounting.journal import FILE, FOLDER, History, Journal, Mark
+from .checkpoints import ResumePoint
+from .errors import DPVisionError, LedgerRefused
 from .mechanism import Mechanism, PrivateMechanism, Randomness, WithoutPrivacy
-from .statement import RunRecord
+from .plan import Plan, facts_of, make_plan, plan_of, plan_resumed, refuse_changed_facts, written_facts
+from .statement import NEIGHBORS, RunRecord
 from .training_args import DPTrainingArguments
 
 
@@ -19,89 +27,19 @@ _SHOWN = 20  # epsilon is computed at most about so often for display
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Fixed before the first step of a call of `train()`, and public.
+class _Spent:
+    """What every process knows of the ledger on disk when `train()` starts."""
 
-    Attributes:
-        dataset_size: N.
-        expected_batch_size: B, what the noisy sum is divided by.
-        steps: logical steps of this call.
-        total_steps: steps after which the ledger is full.
-        noise_multiplier: sigma; 0 without privacy.
-        target_epsilon: what sigma was calibrated for, if it was.
-        delta: of the guarantee; None without privacy.
-    """
+    ledger: Ledger
+    facts: Mapping[str, Any] | None
 
-    dataset_size: int
-    expected_batch_size: int
-    steps: int
-    total_steps: int
-    noise_multiplier: float
-    target_epsilon: float | None
-    delta: float | None
+    def to_json(self) -> str:
+        return json.dumps({"ledger": self.ledger.to_json(), "facts": self.facts})
 
-    @property
-    def sample_rate(self) -> float:
-        """q = B / N."""
-        return self.expected_batch_size / self.dataset_size
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Logical steps after which N examples have been drawn, on average; rounded up."""
-        return math.ceil(self.dataset_size / self.expected_batch_size)
-
-
-def make_plan(args: DPTrainingArguments, dataset_size: int, charged: int, before: Plan | None) -> Plan:
-    """Plan a call of `train()` after `charged` steps, calibrating the noise if that has not been done.
-
-    Raises:
-        ArgumentRefused: no step is planned, the target cannot be reached, or the arguments of a calibrated run have
-            changed since its first call.
-        BudgetExceeded: the calibrated steps do not suffice for this call.
-    """
-    per_epoch = math.ceil(dataset_size / args.logical_batch_size)
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
-    if steps < 1 or args.max_steps == 0:
-        raise ArgumentRefused(
-            f"max_steps={args.max_steps} and num_train_epochs={args.num_train_epochs} plan no step at all. "
-            "Set one of them to a positive number."
-        )
-    sigma, total, target, delta = args.noise_multiplier, charged + steps, args.target_epsilon, args.target_delta
-    if args.disable_dp:
-        sigma, target, delta = 0.0, None, None
-    elif target is not None and charged and before is not None:
-        _refuse_changes(args, dataset_size, before)
-        sigma, total = before.noise_multiplier, before.total_steps
-        _refuse_overrun(steps, charged, before)
-    elif target is not None:
-        sigma = accounting.noise_multiplier(
-            target_epsilon=target,
-            delta=delta,
-            sample_rate=args.logical_batch_size / dataset_size,
-            steps=steps,
-            accountant=args.accountant,
-        )
-    return Plan(dataset_size, args.logical_batch_size, steps, total, sigma, target, delta)
-
-
-def _refuse_changes(args: DPTrainingArguments, dataset_size: int, before: Plan) -> None:
-    now = (dataset_size, args.logical_batch_size, args.target_epsilon, args.target_delta)
-    then = (before.dataset_size, before.expected_batch_size, before.target_epsilon, before.delta)
-    if now != then:
-        raise ArgumentRefused(
-            f"(training set size, logical_batch_size, target_epsilon, target_delta) = {now} differs from {then} of "
-            "the first train(), for which the noise was calibrated. Set them back, or make a new DPTrainer; its "
-            "epsilon adds to what has been spent."
-        )
-
-
-def _refuse_overrun(steps: int, charged: int, before: Plan) -> None:
-    if charged + steps > before.total_steps:
-        raise BudgetExceeded(
-            f"{steps} more steps after the {charged} already charged exceed the {before.total_steps} steps for which "
-            f"the noise was calibrated to target_epsilon={before.target_epsilon}. At most "
-            f"{before.total_steps - charged} are left: set max_steps to that, or plan all steps in one train()."
-        )
+    @classmethod
+    def from_json(cls, text: str) -> _Spent:
+        told = json.loads(text)
+        return cls(Ledger.from_json(told["ledger"]), told["facts"])
 
 
 class PrivacyRun:
@@ -117,17 +55,109 @@ class PrivacyRun:
         self.randomness = randomness
         self.plan: Plan | None = None
         self.without_privacy = False  # once true, it stays so: weights do not become private again
+        self._device = device
         self._noise = randomness.noise_source(device)
+        self._journal: Journal | None = None  # that of the last private call, in the process that writes it
         self._calls = 0
         self._shown: dict[int, float] = {}
 
-    def start(self, args: DPTrainingArguments, dataset_size: int) -> Mechanism:
-        """Plan the next call of `train()` and return its mechanism; errors as for `make_plan`."""
-        self.plan = make_plan(args, dataset_size, self.ledger.steps, self.plan)
+    @contextmanager
+    def started(
+        self, args: DPTrainingArguments, dataset_size: int, model: nn.Module, point: ResumePoint | None = None
+    ) -> Iterator[Mechanism]:
+        """Plan the next call of `train()`, from `point` on, and lend its mechanism while the ledger file is open.
+
+        Without privacy there is no ledger file.
+
+        Raises:
+            ArgumentRefused, BudgetExceeded: as for `make_plan`, `plan_resumed` and `refuse_changed_facts`.
+            LedgerRefused: the ledger on disk is missing, edited, in use, that of another run, or does not have what
+                the checkpoint has.
+            LedgerError: the ledger cannot be written.
+        """
         self._shown.clear()
-        self.without_privacy |= args.disable_dp
         if args.disable_dp:
-            return WithoutPrivacy()
+            self.plan = self._planned(args, dataset_size, point, self.plan)
+            self.without_privacy = True
+            yield WithoutPrivacy()
+            return
+        journal = None
+        try:
+            spent, journal = self._opened(args, point)
+            self._begin(args, dataset_size, model, point, spent, journal)
+            yield self._mechanism(args)
+        finally:
+            if journal is not None:
+                journal.close()
+
+    def _begin(
+        self,
+        args: DPTrainingArguments,
+        dataset_size: int,
+        model: nn.Module,
+        point: ResumePoint | None,
+        spent: _Spent,
+        journal: Journal | None,
+    ) -> None:
+        facts, before, unprotected = facts_of(args, dataset_size, model, self.randomness.secret), self.plan, False
+        if point is not None:
+            refuse_changed_facts(facts, spent.facts)
+            before, unprotected = plan_of(spent.facts), spent.facts["unprotected_before"]
+        self.ledger = spent.ledger
+        self.plan = self._planned(args, dataset_size, point, before)
+        self.without_privacy |= unprotected
+        if journal is not None:
+            position = point.step if point is not None else 0
+            journal.start(
+                written_facts(facts, self.plan, position, self.without_privacy),
+                privacy_unit=args.privacy_unit,
+                neighboring_relation=NEIGHBORS,
+            )
+            self._journal = journal
+
+    def _planned(
+        self, args: DPTrainingArguments, dataset_size: int, point: ResumePoint | None, before: Plan | None
+    ) -> Plan:
+        if point is None:
+            return make_plan(args, dataset_size, self.ledger.steps, before)
+        return plan_resumed(args, dataset_size, self.ledger.steps, before, point.step)
+
+    def _opened(self, args: DPTrainingArguments, point: ResumePoint | None) -> tuple[_Spent, Journal | None]:
+        """Open the journal in the first process and tell the others what it says, or that it was refused."""
+        journal, told, refusal = None, "", None
+        if args.process_index == 0:
+            try:
+                journal = Journal(args.output_dir)
+                told = self._read(journal, point).to_json()
+            except DPVisionError as error:
+                refusal = error
+        told = processes.same_text(told, self._device)
+        if not told:
+            if journal is not None:
+                journal.close()
+            raise refusal or LedgerRefused("The first process refused the ledger; see its message.")
+        return _Spent.from_json(told), journal
+
+    def _read(self, journal: Journal, point: ResumePoint | None) -> _Spent:
+        history, folder = journal.history, journal.folder.name
+        if point is not None:
+            return self._spent(_resumable(history, point, folder))
+        if self._journal is not None:
+            _same_run(history, self._journal, journal)
+            return self._spent(history)
+        if history is not None:
+            raise LedgerRefused(
+                f"{folder}/{FOLDER}/{FILE} is the ledger of another run ({history.ledger.steps} steps charged): a new "
+                "one in the same folder would hide what that one spent. Continue it with "
+                "train(resume_from_checkpoint=True), or choose another output_dir; the epsilons of both add up."
+            )
+        return _Spent(self.ledger, None)
+
+    @staticmethod
+    def _spent(history: History) -> _Spent:
+        return _Spent(history.ledger, history.calls[-1])
+
+    def _mechanism(self, args: DPTrainingArguments) -> Mechanism:
         return PrivateMechanism(
             clipping=args.build_clipping(),
             norm_rule=args.norm_rule,
@@ -136,8 +166,18 @@ class PrivacyRun:
             sample_rate=self.plan.sample_rate,
             planned_steps=self.plan.total_steps,
             ledger=self.ledger,
+            journal=self._journal,
             noise=self._noise,
         )
+
+    @property
+    def mark(self) -> Mark | None:
+        """Where the ledger on disk stands; None in other processes than the first, and if there is none."""
+        return None if self._journal is None else self._journal.mark
+
+    def spent(self) -> bool:
+        """Whether no step is left of the plan."""
+        return self.plan is not None and self.ledger.steps >= self.plan.total_steps
 
     def next_sampling_key(self) -> bytes:
         """Return the secret key of the draws of one pass through the training loop, another one at each call."""
@@ -176,9 +216,10 @@ class PrivacyRun:
             sample_rate=plan.sample_rate if plan else 0.0,
             noise_multiplier=plan.noise_multiplier if plan else 0.0,
             secret_randomness=self.randomness.secret,
-            rng=self._noise.algorithm,
+            rng=self._noise(0).algorithm,
             base_model=base_model,
             was_unprotected=self.without_privacy,
+            mark=self.mark,
         )
 
     def _bounds(self, args: DPTrainingArguments, ledger: Ledger, delta: float | None) -> Bounds:
@@ -190,3 +231,39 @@ class PrivacyRun:
     def _ahead(self, steps: int) -> Ledger:
         more = Event(self.plan.sample_rate, self.plan.noise_multiplier, steps)
         return Ledger((*self.ledger.events, more))
+
+
+def _resumable(history: History | None, point: ResumePoint, folder: str) -> History:
+    where = f"{folder}/{FOLDER}/{FILE}"
+    if history is None:
+        raise LedgerRefused(
+            f"There is no {where}: what the run has spent is in its ledger and nowhere else, so that it cannot be "
+            "continued without it. Restore the file, or set output_dir to the folder that has it."
+        )
+    if point.folder is None:
+        return history
+    if point.mark is None:
+        raise LedgerRefused(
+            f"{point.folder.name} names no ledger: it was saved without privacy, or by a release that kept none. "
+            "Start a new run from its weights; nothing can be claimed for what they have seen."
+        )
+    if not history.contains(point.mark) or history.steps_before[point.mark.records - 1] < point.step:
+        raise LedgerRefused(
+            f"{point.folder.name} was saved when the ledger of run {point.mark.run_id} had {point.mark.records} "
+            f"records; {where} is of run {history.run_id}, has {len(history.chains)} records, and did not go through "
+            "that state. It is another run's, or an older copy, and would hide what was spent. Restore the right one."
+        )
+    return history
+
+
+def _same_run(history: History | None, earlier: Journal, now: Journal) -> None:
+    if now.folder != earlier.folder:
+        raise LedgerRefused(
+            f"output_dir was {earlier.folder.name!r} at the first train() and is {now.folder.name!r} now: the ledger "
+            "of a run stays where it is. Set it back, or make a new DPTrainer; its epsilon adds to what was spent."
+        )
+    if history is None or not history.contains(earlier.mark):
+        raise LedgerRefused(
+            f"{now.folder.name}/{FOLDER}/{FILE} no longer has what this trainer wrote into it: it was removed or "
+            "replaced. Restore it from a copy."
+        )

@@ -88,15 +88,19 @@ class PoissonSampler:
 class LogicalBatchIndices:
     """Batch sampler of one epoch: yields this process's indices for one logical step after the other.
 
-    The step number handed to the sampler is `epoch * steps_per_epoch + position`, so that no draw is used twice and
-    skipping batches after a resume skips their draws.
+    The step number handed to the sampler is `first + epoch * steps_per_epoch + position`, so that no draw is used
+    twice and skipping batches after a resume skips their draws. `first` counts the steps charged beyond those behind
+    the weights: earlier calls of `train()`, and steps lost to a crash.
     """
 
-    def __init__(self, sampler: PoissonSampler, steps_per_epoch: int, rank: int, world_size: int) -> None:
+    def __init__(
+        self, sampler: PoissonSampler, steps_per_epoch: int, rank: int, world_size: int, first: int = 0
+    ) -> None:
         self._sampler = sampler
         self._steps_per_epoch = steps_per_epoch
         self._rank = rank
         self._world_size = world_size
+        self._first = first
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -107,7 +111,7 @@ class LogicalBatchIndices:
         return self._steps_per_epoch
 
     def __iter__(self) -> Iterator[list[int]]:
-        first = self._epoch * self._steps_per_epoch
+        first = self._first + self._epoch * self._steps_per_epoch
         for step in range(first, first + self._steps_per_epoch):
             yield self._sampler.share(step, self._rank, self._world_size).tolist()
 

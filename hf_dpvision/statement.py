@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,14 @@ from torch import nn
 
 from . import __version__
 from .accounting import Bounds, Ledger, claim
+from .accounting.journal import Mark
 from .clipping import Clipping
 from .training_args import DPTrainingArguments
 
 
 STATEMENT_FILE = "privacy.json"
 SCHEMA_VERSION = "1.0"
+NEIGHBORS = "zero-out"
 
 _PACKAGES = {"prv": "prv-accountant", "pld": "dp-accounting"}
 _UNITS = {"example": "one training image (one record of the training set)"}
@@ -49,6 +51,7 @@ class RunRecord:
         rng: name of the noise generator.
         base_model: what was fine-tuned, or None if it has no name.
         was_unprotected: whether the weights went through a `train()` without privacy, whatever `args` say now.
+        mark: where the ledger on disk stood when the weights were as they are; None if there is none.
     """
 
     args: DPTrainingArguments
@@ -62,6 +65,7 @@ class RunRecord:
     rng: str
     base_model: str | None
     was_unprotected: bool = False
+    mark: Mark | None = None
 
     @property
     def without_privacy(self) -> bool:
@@ -101,7 +105,7 @@ def make_statement(run: RunRecord, model: nn.Module) -> dict[str, Any]:
         "guarantee": {"epsilon": _jsonable(epsilon), "delta": args.target_delta},
         "accountant": _accountant(run.bounds),
         "unit_of_privacy": args.privacy_unit,
-        "neighboring_relation": "zero-out",
+        "neighboring_relation": NEIGHBORS,
         "adversary": "all-intermediate-iterates-released",
         "sampling": {
             "scheme": "poisson",
@@ -123,6 +127,7 @@ def make_statement(run: RunRecord, model: nn.Module) -> dict[str, Any]:
             {"sample_rate": e.sample_rate, "noise_multiplier": e.noise_multiplier, "steps": e.steps}
             for e in run.ledger.events
         ],
+        "ledger": None if run.mark is None or run.without_privacy else asdict(run.mark),
         "trainable_parameters": _trainable(model),
         "hyperparameter_tuning": {"on_private_data": "unknown", "runs_accounted": 1},
         "evaluation": {"data": args.eval_data, "metrics_are_private": args.eval_data == "private"},

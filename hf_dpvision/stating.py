@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, Trainer
-from transformers.trainer_utils import TrainOutput, _is_peft_model, unwrap_peft_model
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, _is_peft_model, unwrap_peft_model
 
 from . import guards
 from .accounting import Bounds, Ledger
-from .checkpoints import load_strictly
+from .checkpoints import load_strictly, refuse_partly_loaded_adapter
 from .model_card import write_model_card
 from .progress import strip_private
 from .run import PrivacyRun
@@ -78,6 +79,10 @@ class StatingTrainer(Trainer):
             # hub_strategy="every_save" uploads the output folder: statement and card must be there with the weights
             write_statement(self.args.output_dir, self.privacy_statement())
             self.create_model_card()
+        if self.args.should_save:
+            # written last, it says that a checkpoint is whole; one of the same name may be there from before a resume
+            folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
         super()._save_checkpoint(model, trial)
 
     def create_model_card(
@@ -112,6 +117,7 @@ class StatingTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if _is_peft_model(self.model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+            refuse_partly_loaded_adapter(self.model, resume_from_checkpoint, self.model.active_adapters[0])
         else:
             load_strictly(self.model if model is None else model, resume_from_checkpoint)
 

@@ -17,6 +17,7 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import TrainOutput, seed_worker
 
 from . import agreement, guards, processes
+from .checkpoints import find_resume_point
 from .collector import zeros
 from .data.examples import OneByOne
 from .data.labels import refuse_labels
@@ -26,7 +27,7 @@ from .losses import model_losses
 from .mechanism import Mechanism, Randomness, SystemRandomness
 from .models import load_model
 from .probe import describe_example, explained_failure, random_examples
-from .progress import ClaimAtStart, PrivacyProgress
+from .progress import ClaimAtStart, PrivacyProgress, StopWhenSpent
 from .run import PrivacyRun
 from .sampling import LogicalBatch, LogicalBatchIndices, LogicalBatchLoader, MicrobatchStream, PoissonSampler
 from .self_check import self_check
@@ -104,6 +105,7 @@ class DPTrainer(StatingTrainer):
             self.add_callback(PrivacyProgress)
         self.add_callback(ClaimAtStart(self.planned_claim))
         self._run = PrivacyRun(randomness or SystemRandomness(), args.device)
+        self.add_callback(StopWhenSpent(self._run.spent))
         self._mechanism: Mechanism | None = None
         self._stream: MicrobatchStream | None = None
 
@@ -117,17 +119,24 @@ class DPTrainer(StatingTrainer):
     ) -> TrainOutput:
         """Train as `Trainer.train` does; a second call continues the ledger.
 
-        The returned `training_loss` is NaN: the loss on private data is not computed.
+        The ledger is `privacy/ledger.jsonl` in `output_dir`; a folder with another run's is refused. The returned
+        `training_loss` is NaN: the loss on private data is not computed.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder, or True for the last whole one in `output_dir`. Weights,
+                optimizer, schedule and position are restored, noise and draws are new. Steps that were charged after
+                that checkpoint stay charged; with a `target_epsilon` they are missing at the end. If the run died
+                before its first checkpoint, True starts from the weights passed and keeps what was charged.
+            trial: not supported.
+            ignore_keys_for_eval: as in `Trainer`.
 
         Raises:
             RefusedError: before the first step, with nothing spent.
             BudgetExceeded: the noise was calibrated for fewer steps than this call would add up to.
+            LedgerError: a step could not be written into the ledger; it was not taken.
         """
-        if resume_from_checkpoint or trial is not None:
-            raise ArgumentRefused(
-                f"{resume_from_checkpoint=}, {trial=}: what the earlier run spent would not be in the ledger, so "
-                "epsilon would be under-reported. Resuming comes with the next release; until then train in one go."
-            )
+        if trial is not None:
+            raise ArgumentRefused(f"{trial=}: no ledger of this trainer would count the trials. Leave it out.")
         self._refuse()
         guards.refuse_model(self.model)
         dataset_size = guards.refuse_dataset(self.train_dataset, self.args)
@@ -137,11 +146,13 @@ class DPTrainer(StatingTrainer):
             refuse_labels(self.train_dataset, self._config.num_labels)
         processes.refuse_disagreement(agreement.digests(self.args, self.model, dataset_size))
         self._check_clipping()
-        self._mechanism = self._run.start(self.args, dataset_size)
-        try:
-            return super().train(ignore_keys_for_eval=ignore_keys_for_eval)
-        finally:
-            self._stream = None  # ends the workers
+        point = find_resume_point(resume_from_checkpoint, self.args.output_dir) if resume_from_checkpoint else None
+        folder = None if point is None or point.folder is None else str(point.folder)
+        with self._run.started(self.args, dataset_size, self.model, point) as self._mechanism:
+            try:
+                return super().train(folder, ignore_keys_for_eval=ignore_keys_for_eval)
+            finally:
+                self._stream = None  # ends the workers
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> None:
         """Refuse: every trial looks at the private data, and the best one is chosen by it.
@@ -203,7 +214,8 @@ class DPTrainer(StatingTrainer):
         key = processes.same_key(self._run.next_sampling_key(), args.device)
         sampler = PoissonSampler(key, dataset_size, args.logical_batch_size / dataset_size)
         steps_per_epoch = math.ceil(dataset_size / args.logical_batch_size)
-        indices = LogicalBatchIndices(sampler, steps_per_epoch, args.process_index, args.world_size)
+        first = self._run.plan.first_draw
+        indices = LogicalBatchIndices(sampler, steps_per_epoch, args.process_index, args.world_size, first)
         self._stream = MicrobatchStream(self._example_loader, args.per_device_train_batch_size)
         return LogicalBatchLoader(indices, dataset_size)
 

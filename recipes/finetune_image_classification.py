@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 import shlex
 import sys
 import tempfile
@@ -29,6 +30,10 @@ from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Literal
+
+
+# Before torch starts its threads: waiting threads that spin made a step ten times slower on cores that were shared.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from torch import nn
@@ -158,6 +163,9 @@ def main(command_line: list[str]) -> RecipeRecord:
         training_args.do_train = training_args.do_eval = True
     training_args.dataloader_pin_memory &= torch.cuda.is_available()
     say = print if training_args.process_index == 0 else (lambda text: None)
+    resume = resume_point(training_args)
+    if training_args.do_train and not training_args.disable_dp and resume is None:
+        training_args.output_dir = str(unused_folder(Path(training_args.output_dir), say))
     set_seed(training_args.seed)  # public: decides the subset and the new head, never the noise or the batches
     model, prepared = prepare(model_args, data_args, training_args, say)
     trained = train_only(model, TrainLayers(model_args.train_layers))
@@ -169,7 +177,7 @@ def main(command_line: list[str]) -> RecipeRecord:
     scores = {"before": evaluated(trainer, "before fine-tuning", say)}
     if training_args.do_train:
         say(f"\nFine-tuning {'without privacy' if training_args.disable_dp else 'privately'}:")
-        trainer.train()
+        trainer.train(resume_from_checkpoint=resume)
         scores["non_private" if training_args.disable_dp else "private"] = evaluated(trainer, "after fine-tuning", say)
         trainer.save_model()
         if initial is not None and not training_args.disable_dp:
@@ -179,6 +187,26 @@ def main(command_line: list[str]) -> RecipeRecord:
     if training_args.process_index == 0:
         report(record, trainer, parsed, prepared.data, say)
     return record
+
+
+def resume_point(training_args: DPTrainingArguments) -> str | bool | None:
+    """Return what `--resume_from_checkpoint` asks for: a folder, or True for the last checkpoint."""
+    asked = training_args.resume_from_checkpoint
+    return True if str(asked).lower() == "true" else asked
+
+
+def unused_folder(folder: Path, say: Say) -> Path:
+    """Return `folder`, or the first of `folder-2`, `folder-3`, ... if it has the ledger of an earlier run."""
+    chosen, number = folder, 1
+    while (chosen / "privacy" / "ledger.jsonl").exists():
+        number += 1
+        chosen = folder.with_name(f"{folder.name}-{number}")
+    if chosen != folder:
+        say(
+            f"{folder.name} has the ledger of an earlier run; if both are released, their epsilons add up. This run "
+            f"goes to {chosen.name}. To continue an interrupted run: --resume_from_checkpoint true."
+        )
+    return chosen
 
 
 def prepare(

@@ -204,10 +204,10 @@ def test_evaluating_on_the_training_set_is_refused(tmp_path):
             run.evaluate(chosen)
 
 
-def test_resuming_and_searching_are_refused(tmp_path):
+def test_searching_is_refused(tmp_path):
     run = trainer(tmp_path, Linear())
-    with pytest.raises(ArgumentRefused, match="next release"):
-        run.train(resume_from_checkpoint=True)
+    with pytest.raises(ArgumentRefused, match="trial"):
+        run.train(trial={"learning_rate": 1.0})
     with pytest.raises(ArgumentRefused, match="hyperparameter_search"):
         run.hyperparameter_search()
 

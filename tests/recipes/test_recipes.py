@@ -217,3 +217,22 @@ def test_the_script_ends_with_one_line_and_an_exit_code_on_bad_input(workplace):
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("DataRefused: the image folder 'absent'")
+
+
+def test_a_second_run_leaves_the_folder_of_the_first_alone(recipe, tmp_path, capsys):
+    folder = tmp_path / "out"
+    assert recipe.unused_folder(folder, print) == folder and not capsys.readouterr().out
+    for number, name in ((2, "out-2"), (3, "out-3")):
+        used = folder if number == 2 else tmp_path / "out-2"
+        (used / "privacy").mkdir(parents=True)
+        (used / "privacy" / "ledger.jsonl").touch()
+        assert recipe.unused_folder(folder, print) == tmp_path / name
+    assert "their epsilons add up" in capsys.readouterr().out
+
+
+def test_resuming_is_asked_for_as_in_the_official_example(recipe, tmp_path):
+    for asked, point in ((None, None), ("true", True), ("out/checkpoint-3", "out/checkpoint-3")):
+        args = recipe.DPTrainingArguments(
+            str(tmp_path), target_epsilon=1, target_delta=1e-5, logical_batch_size=2, resume_from_checkpoint=asked
+        )
+        assert recipe.resume_point(args) == point
