@@ -19,6 +19,7 @@ from .errors import ArgumentRefused
 BEGIN, END = "<!-- results: written by the recipes, do not edit -->", "<!-- end of results -->"
 HEADINGS = (
     "recipe",
+    "command",
     "model",
     "data",
     "trained",
@@ -31,7 +32,7 @@ HEADINGS = (
     "versions",
     "date",
 )
-SUMMARY = tuple(heading for heading in HEADINGS if heading not in ("versions", "date"))
+SUMMARY = tuple(heading for heading in HEADINGS if heading not in ("command", "versions", "date"))
 _PACKAGES = ("torch", "transformers", "timm", "datasets", "prv-accountant")
 
 
@@ -128,7 +129,8 @@ def update_results_table(path: Path, record: RecipeRecord, headings: Sequence[st
 
 def _row(record: RecipeRecord, headings: Sequence[str]) -> str:
     cells = (
-        f"`{record.recipe}` (`{record.command}`)",
+        f"`{record.recipe}`",
+        f"`{record.command}`",
         record.model,
         record.data,
         record.trained,
