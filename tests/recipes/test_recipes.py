@@ -99,7 +99,7 @@ def test_a_run_leaves_model_statement_card_results_and_a_row(recipe, workplace, 
     card = ModelCard.load(out / "README.md")
     assert card.data.to_dict()["differential_privacy"]["guarantee"]["epsilon"] == record.epsilon
     assert json.loads((out / "results.json").read_text())["scores"] == record.scores
-    assert f"| `{record.recipe}` (`{record.command}`)" in table.read_text()
+    assert f"| `{record.recipe}` | `{record.command}` |" in table.read_text()
 
     model = AutoModelForImageClassification.from_pretrained(out)
     assert model.config.id2label == {0: "dark", 1: "light"}
