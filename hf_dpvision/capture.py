@@ -6,6 +6,9 @@ routes the per-example gradients to a `Slot` instead of to the parameter. Nothin
 
 Both facts are positive and fail closed: a tensor that the interception has not seen counts as independent of the
 batch, so a parameter that slips through ends in an ordinary gradient, which `Uses.backward` refuses.
+
+Activation checkpointing runs parts of the forward pass again while the backward pass is under way; the interception
+is then active once more, so that the same tensors are saved in the same order, but notes nothing new.
 """
 
 from __future__ import annotations
@@ -18,51 +21,25 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointError
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .errors import CaptureError, MixingRefused
+from .functions import (
+    FACTORIES,
+    JOINING,
+    REARRANGING,
+    REPEATING,
+    SHAPE_LENDING,
+    kept_as_they_are,
+    refuse_batch_statistics,
+    tensors_in,
+    written_by,
+)
 from .uses import Slot, Theta, Uses
 
 
 Batch = Mapping[str, Any] | Sequence[Any]
-
-
-# Operations that only move entries around, each input entry to exactly one output entry.
-_REARRANGING = {
-    getattr(owner, name)
-    for owner in (torch, Tensor)
-    for name in (
-        "clone contiguous flatten float double movedim moveaxis permute reshape ravel squeeze swapaxes swapdims t to "
-        "transpose type type_as unflatten unsqueeze view view_as reshape_as"
-    ).split()
-    if hasattr(owner, name)
-} | {Tensor.T.__get__, Tensor.mT.__get__}
-_JOINING = {torch.cat, torch.concat, torch.concatenate, torch.stack}
-_REPEATING = {Tensor.expand, Tensor.expand_as, Tensor.repeat, torch.broadcast_to, Tensor.broadcast_to, torch.tile}
-# Operations that read only sizes and types of their arguments: the result does not depend on the batch's values.
-_FACTORIES = {
-    getattr(owner, name)
-    for owner in (torch, Tensor)
-    for name in (
-        "new_empty new_full new_ones new_tensor new_zeros empty_like full_like ones_like rand_like randn_like "
-        "randint_like zeros_like"
-    ).split()
-    if hasattr(owner, name)
-}
-# Operations whose second tensor lends only its shape or type.
-_SHAPE_LENDING = {Tensor.expand_as, Tensor.view_as, Tensor.reshape_as, Tensor.type_as, Tensor.to}
-
-
-def _tensors(nest: Any) -> Iterator[Tensor]:
-    """Every tensor in a nest of tuples, lists and dicts."""
-    if isinstance(nest, Tensor):
-        yield nest
-    elif isinstance(nest, (tuple, list)):
-        for item in nest:
-            yield from _tensors(item)
-    elif isinstance(nest, dict):
-        for item in nest.values():
-            yield from _tensors(item)
 
 
 @dataclass(frozen=True)
@@ -99,7 +76,7 @@ class Call:
         if theta is None:
             return None
         slot = Slot(theta, self.name, shape, self.mode.uses, generic)
-        self.mode.uses.slots.append(slot)
+        self.mode.uses.note(slot)
         return slot
 
     def check_rows(self, tensor: Tensor) -> int:
@@ -120,7 +97,7 @@ class Call:
         Raises:
             MixingRefused: always.
         """
-        names = sorted({name for tensor in _tensors((self.args, self.kwargs)) for name in self.mode.names(tensor)})
+        names = sorted({name for tensor in tensors_in((self.args, self.kwargs)) for name in self.mode.names(tensor)})
         raise MixingRefused(
             f"{self.name} on parameter(s) {names}: {reason}, so the share of "
             "a single example cannot be bounded. Keep the examples in dimension 0 (batch_first=True) and apart from "
@@ -139,19 +116,41 @@ class Call:
 class Interception(TorchFunctionMode):
     """The mode that is active during a captured forward pass."""
 
-    def __init__(self, uses: Uses, batch: Batch, rules: Callable[[Callable], Callable]) -> None:
+    def __init__(
+        self, model: nn.Module, uses: Uses, batch: Batch, rules: Callable[[Callable], Callable]
+    ) -> None:
         super().__init__()
         self.uses = uses
         self.rules = rules
+        self._model = model
         self.batched: Any = WeakTensorKeyDictionary()
         self.thetas: Any = WeakTensorKeyDictionary()
-        for tensor in _tensors(batch if isinstance(batch, (dict, list, tuple)) else dict(batch)):
+        for tensor in tensors_in(batch if isinstance(batch, (dict, list, tuple)) else dict(batch)):
             self.batched[tensor] = True
         for name, parameter in uses.parameters.items():
             self.thetas[parameter] = Theta(parameter, frozenset((name,)), isometric=True)
 
     def theta(self, tensor: Tensor) -> Theta | None:
+        """The trainable tensor that `tensor` is, or None where it is something else."""
+        if isinstance(tensor, nn.Parameter) and tensor.requires_grad and tensor not in self.thetas:
+            self._find_in_place()
+            self.thetas.setdefault(tensor, None)  # a stranger, of the loss for example, is looked for once
         return self.thetas.get(tensor)
+
+    def _find_in_place(self) -> None:
+        """Learn the parameters that stand in the model just now: a sharded one is gathered while its module runs."""
+        for name, parameter in self._model.named_parameters():
+            if name in self.uses.parameters and self.thetas.get(parameter) is None:
+                self.uses.parameters[name] = parameter
+                self.thetas[parameter] = Theta(parameter, frozenset((name,)), isometric=True)
+
+    def replaced(self, tensor: Tensor, by: Tensor) -> None:
+        """Treat `by` as `tensor`: something outside of torch functions has put it in its place."""
+        if tensor in self.batched:
+            self.batched[by] = True
+        theta = self.theta(tensor)
+        if theta is not None:
+            self.thetas[by] = theta
 
     def names(self, tensor: Tensor) -> frozenset[str]:
         theta = self.theta(tensor)
@@ -159,33 +158,34 @@ class Interception(TorchFunctionMode):
 
     def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        involved = list(_tensors((args, kwargs)))
+        involved = list(tensors_in((args, kwargs)))
         thetas = [theta for theta in map(self.theta, involved) if theta is not None]
         batched = any(tensor in self.batched for tensor in involved)
         if not thetas or batched:  # statistics of a parameter alone, as in weight standardisation, mix nothing
-            _refuse_batch_statistics(function, args, kwargs)
+            refuse_batch_statistics(function, args, kwargs)
         if not thetas or not torch.is_grad_enabled():
             result = function(*args, **kwargs)
-            if batched and function not in _FACTORIES:
+            if batched and function not in FACTORIES:
                 self._mark(function, args, kwargs, result)
             return result
-        if not batched or (function in _SHAPE_LENDING and self.theta(args[0]) is not None):
-            result = function(*args, **kwargs)
+        if not batched or (function in SHAPE_LENDING and self.theta(args[0]) is not None):
+            with kept_as_they_are(function):
+                result = function(*args, **kwargs)
             self._derive(Call(function, args, kwargs, self), involved, thetas, result)
             return result
-        if function in _SHAPE_LENDING or function in _FACTORIES:
+        if function in SHAPE_LENDING or function in FACTORIES:
             result = function(*args, **kwargs)
         else:
             result = self.rules(function)(Call(function, args, kwargs, self), *args, **kwargs)
-        if function not in _FACTORIES:
+        if function not in FACTORIES:
             self._mark(function, args, kwargs, result)
         return result
 
     def _mark(self, function: Callable, args: tuple, kwargs: dict, result: Any) -> None:
         """Note that the results, and what the function wrote to in place, depend on the batch."""
-        for tensor in _tensors(result):
+        for tensor in tensors_in(result):
             self.batched[tensor] = True
-        for tensor in _written(function, args, kwargs):
+        for tensor in written_by(function, args, kwargs):
             self.batched[tensor] = True
             if tensor._base is not None:
                 self.batched[tensor._base] = True
@@ -193,25 +193,16 @@ class Interception(TorchFunctionMode):
     def _derive(self, call: Call, involved: list[Tensor], thetas: list[Theta], result: Any) -> None:
         """Note the results of an operation on trainable tensors alone, and what became of their entries."""
         function = call.function
-        written = _written(function, call.args, call.kwargs)
-        fresh = [tensor for tensor in _tensors(result) if not any(tensor is other for other in involved)]
+        written = written_by(function, call.args, call.kwargs)
+        fresh = [tensor for tensor in tensors_in(result) if not any(tensor is other for other in involved)]
         sources = frozenset().union(*(theta.sources for theta in thetas))
         disjoint = sum(len(theta.sources) for theta in thetas) == len(sources)
         whole = all(theta.isometric for theta in thetas) and disjoint
-        moves = function in _REARRANGING or (function in _JOINING and len(thetas) == len(involved))
+        moves = function in REARRANGING or (function in JOINING and len(thetas) == len(involved))
         for output in [*fresh, *written]:
             if output.requires_grad and not output.is_leaf:
-                row = _repeated_row(thetas[0], output) if function in _REPEATING else None
+                row = _repeated_row(thetas[0], output) if function in REPEATING else None
                 self.thetas[output] = Theta(output, sources, whole and moves, row)
-
-
-def _written(function: Callable, args: tuple, kwargs: dict) -> list[Tensor]:
-    """The tensors that a function writes to in place."""
-    name = getattr(function, "__name__", "")
-    in_place = name == "__setitem__" or (name.startswith("__i") and name.endswith("__")) or (
-        name.endswith("_") and not name.endswith("__")
-    )
-    return [*_tensors(kwargs.get("out")), *(_tensors(args[:1]) if in_place else ())]
 
 
 def _repeated_row(theta: Theta, output: Tensor) -> Theta | None:
@@ -221,31 +212,58 @@ def _repeated_row(theta: Theta, output: Tensor) -> Theta | None:
     return theta if tuple(one_row) == tuple(output.shape[1:]) else None
 
 
-def _refuse_batch_statistics(function: Callable, args: tuple, kwargs: dict) -> None:
-    """Normalisation over the batch lets every example influence every other one's gradient."""
-    if function is nn.functional.instance_norm:
-        running = kwargs.get("running_mean", args[1] if len(args) > 1 else None)
-        if running is not None and kwargs.get("use_input_stats", args[5] if len(args) > 5 else True):
-            raise MixingRefused(
-                f"InstanceNorm over {tuple(args[0].shape)} with track_running_stats=True in training mode: it records "
-                "a mean over the batch, which would be released without noise. Use track_running_stats=False."
-            )
-    if function is nn.functional.batch_norm or function is torch.batch_norm:
-        training = kwargs.get("training", args[5] if len(args) > 5 else False)
-        if training:
-            raise MixingRefused(
-                f"BatchNorm over {tuple(args[0].shape)} in training mode: it normalises with the statistics of the "
-                "batch, so each example changes the gradients of all others and clipping single examples bounds "
-                "nothing; its running statistics would be released without noise. Load the model with "
-                "replace_batchnorm='freeze' or replace_batchnorm='group', or put the BatchNorm modules in eval mode."
-            )
+class Replay(TorchFunctionMode):
+    """Active during a backward pass, for what activation checkpointing computes again.
+
+    Such a computation runs with gradients enabled; everything else in a backward pass runs without, and is let pass.
+    """
+
+    def __init__(self, interception: Interception) -> None:
+        super().__init__()
+        self._interception = interception
+
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if not torch.is_grad_enabled():
+            return function(*args, **(kwargs or {}))
+        with self._interception:
+            return function(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A captured forward pass.
+
+    Attributes:
+        uses: every use of every trainable tensor.
+        interception: what saw them, for what activation checkpointing runs again.
+    """
+
+    uses: Uses
+    interception: Interception
+
+    def backward(self, losses: Tensor, receiver: Callable[[Slot, Any], None], retain: bool) -> None:
+        """One backward pass of the summed losses; see `Uses.backward`.
+
+        Raises:
+            CaptureError: as there; or a checkpointed block, run again, did not do what it did at first.
+        """
+        try:
+            with torch.no_grad(), Replay(self.interception):
+                self.uses.backward(losses, receiver, retain)
+        except CheckpointError as error:
+            raise CaptureError(
+                "activation checkpointing: a block that was run again saved other tensors than at first, so its "
+                "gradients would not be those of the examples. That happens where checkpointed blocks lie inside one "
+                "another, where activations are offloaded, or where the block draws random numbers of its own. Switch "
+                "activation_checkpointing off for this model; backward_passes=2 needs less memory too."
+            ) from error
 
 
 @contextmanager
 def capture(
     model: nn.Module, batch: Batch, n: int, rules: Callable[[Callable], Callable]
-) -> Iterator[Uses]:
-    """Run the forward pass inside this block; the yielded `Uses` then knows every use of every trainable tensor.
+) -> Iterator[Captured]:
+    """Run the forward pass inside this block; what is yielded then knows every use of every trainable tensor.
 
     Args:
         model: its parameters with `requires_grad` are the trainable ones; nothing is written to it.
@@ -266,5 +284,7 @@ def capture(
             "train. Call requires_grad_(True) on what should be trained, for example on the classification head."
         )
     uses = Uses(parameters, n)
-    with Interception(uses, batch, rules):
-        yield uses
+    interception = Interception(model, uses, batch, rules)
+    with interception:
+        yield Captured(uses, interception)
+    uses.close()

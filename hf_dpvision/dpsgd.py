@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .capture import capture
+from .capture import Captured, capture
 from .clipping import Clipping
 from .collector import Collector, Summer, zeros
 from .errors import ArgumentRefused, CaptureError, DataRefused
 from .rules import rule_for
 from .rules.cost import NormRule
-from .uses import Uses
 
 
 Batch = Mapping[str, Any] | Sequence[Any]
@@ -79,17 +78,19 @@ def clipped_gradient(
     if n == 0:
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         return ClippedGradient(zeros(parameters), torch.zeros(0))
-    uses, losses = _captured_losses(model, per_example_loss, batch, n)
+    forward, losses = _captured_losses(model, per_example_loss, batch, n)
     with _full_precision(losses):
-        collector = Collector(uses, rule, backward_passes)
-        uses.backward(losses, torch.ones_like(losses), collector.receive, retain=backward_passes == 2)
+        collector = Collector(forward.uses, rule, backward_passes)
+        forward.backward(losses, collector.receive, retain=backward_passes == 2)
         squared_norms = collector.squared_norms()
         factors = clipping.factors(squared_norms)
         if backward_passes == 1:
             gradients = collector.weighted_sums(factors)
         else:
-            summer = Summer(uses, None, torch.isfinite(squared_norms))
-            uses.backward(losses, factors.to(losses.dtype), summer.receive, retain=False)
+            # The factors enter where the gradients are summed, so that these are the very ones whose norms are known:
+            # weighted losses would be rounded differently on their way back, in bfloat16 by more than a percent.
+            summer = Summer(forward.uses, factors, torch.isfinite(squared_norms))
+            forward.backward(losses, summer.receive, retain=False)
             gradients = summer.sums()
     return ClippedGradient(gradients, squared_norms.sqrt())
 
@@ -109,10 +110,10 @@ def per_example_norms(
     n = batch_size(batch)
     if n == 0:
         return torch.zeros(0)
-    uses, losses = _captured_losses(model, per_example_loss, batch, n)
+    forward, losses = _captured_losses(model, per_example_loss, batch, n)
     with _full_precision(losses):
-        collector = Collector(uses, rule, backward_passes=2)
-        uses.backward(losses, torch.ones_like(losses), collector.receive, retain=False)
+        collector = Collector(forward.uses, rule, backward_passes=2)
+        forward.backward(losses, collector.receive, retain=False)
         return collector.squared_norms().sqrt()
 
 
@@ -152,8 +153,10 @@ def _checked(norm_rule: NormRule | str, backward_passes: int) -> NormRule:
         ) from None
 
 
-def _captured_losses(model: nn.Module, per_example_loss: PerExampleLoss, batch: Batch, n: int) -> tuple[Uses, Tensor]:
-    with torch.enable_grad(), capture(model, batch, n, rule_for) as uses:
+def _captured_losses(
+    model: nn.Module, per_example_loss: PerExampleLoss, batch: Batch, n: int
+) -> tuple[Captured, Tensor]:
+    with torch.enable_grad(), capture(model, batch, n, rule_for) as forward:
         losses = per_example_loss(model, batch)
     shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
     if shape != (n,):
@@ -164,7 +167,7 @@ def _captured_losses(model: nn.Module, per_example_loss: PerExampleLoss, batch: 
     if not losses.requires_grad:
         raise CaptureError(
             f"the losses do not depend on any trainable parameter of {type(model).__name__} (the first is "
-            f"{next(iter(uses.parameters))!r}): there would be nothing but noise to train on. Unfreeze what the loss "
+            f"{next(iter(forward.uses.parameters))!r}): there would be nothing but noise to train on. Unfreeze what the loss "
             "depends on, and do not detach it."
         )
-    return uses, losses
+    return forward, losses

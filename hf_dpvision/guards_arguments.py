@@ -102,12 +102,6 @@ _TABLE = (
         "compiled code hides the operations whose per-example gradients are clipped",
         "Leave it off.",
     ),
-    _Row(
-        "activation_checkpointing",
-        lambda args: bool(args.activation_checkpointing or args.gradient_checkpointing),
-        "the recomputed forward pass would be captured a second time",
-        "Leave it off and lower per_device_train_batch_size, or set backward_passes=2, which needs less memory.",
-    ),
     _Row("deepspeed", lambda args: bool(args.deepspeed), SHARDED, ONE_DEVICE),
     _Row("fsdp", lambda args: bool(args.fsdp), SHARDED, ONE_DEVICE),
     _Row("parallelism_config", lambda args: args.parallelism_config is not None, SHARDED, ONE_DEVICE),

@@ -47,9 +47,9 @@ class PlannedUse:
 
 def plan(model: nn.Module, batch: Batch, n: int, norm_rule: NormRule, backward_passes: int = 1) -> list[PlannedUse]:
     """The planned uses of one forward pass of `model(**batch)`, in order; private data is not needed, only shapes."""
-    with capture(model, batch, n, rule_for) as uses:
+    with capture(model, batch, n, rule_for) as forward:
         model(*batch) if isinstance(batch, (list, tuple)) else model(**batch)
-    return [_planned(slot, norm_rule, backward_passes) for slot in uses.slots]
+    return [_planned(slot, norm_rule, backward_passes) for slot in forward.uses.slots]
 
 
 def _planned(slot: Slot, norm_rule: NormRule, backward_passes: int) -> PlannedUse:

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -146,7 +147,9 @@ def _loop(
     gradients = []
     for i in range(n):
         losses = per_example_loss(model, _twice(batch, i))
-        found = torch.autograd.grad(losses.mean(), list(parameters.values()), allow_unused=True)
+        # by edges, so that random draws are constant as well where activation checkpointing runs a block again
+        end, *leaves = map(get_gradient_edge, (losses.mean(), *parameters.values()))
+        found = torch.autograd.grad([end], leaves, allow_unused=True)
         gradients.append([
             torch.zeros_like(p, dtype=torch.float64) if grad is None else grad.double()
             for p, grad in zip(parameters.values(), found, strict=True)

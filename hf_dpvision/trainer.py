@@ -17,6 +17,7 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import TrainOutput, seed_worker
 
 from . import agreement, guards, processes
+from .activation_checkpointing import checkpoint_activations
 from .checkpoints import find_resume_point
 from .collector import zeros
 from .data.examples import OneByOne
@@ -176,6 +177,8 @@ class DPTrainer(StatingTrainer):
 
     def _check_clipping(self) -> None:
         """Look at one example's shape and, unless switched off, compare clipping with a loop on random examples."""
+        if self.args.activation_checkpointing:
+            checkpoint_activations(self.model, self.args.activation_checkpointing_kwargs)
         (label_name,) = self.args.label_names
         description = describe_example(self.train_dataset, self._collator(), label_name)
         if self.args.self_check and not self.args.disable_dp:

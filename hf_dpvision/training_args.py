@@ -72,9 +72,13 @@ class DPTrainingArguments(TrainingArguments):
             "mixed ghost clipping, 'ghost' or 'instantiate' everywhere. The result is the same."
         },
     )
-    backward_passes: int = field(
-        default=1,
-        metadata={"help": "1 keeps what the clipped sum needs; 2 needs less memory and more time.", "choices": [1, 2]},
+    backward_passes: int | None = field(
+        default=None,
+        metadata={
+            "help": "1 keeps what the clipped sum needs; 2 needs less memory and more time. By default 1, but 2 with "
+            "activation_checkpointing or fsdp, whose saving of memory would be lost otherwise.",
+            "choices": [1, 2],
+        },
     )
     accountant: str = field(
         default="prv",
@@ -125,6 +129,8 @@ class DPTrainingArguments(TrainingArguments):
         super().__post_init__()
         # Counts labels of the realised batches across processes; the loss here is per example and needs no count.
         self.average_tokens_across_devices = False
+        if self.backward_passes is None:
+            self.backward_passes = 2 if self.activation_checkpointing or self.fsdp else 1
         self._check_choices()
         self._check_numbers()
         self._check_batch()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from .errors import CaptureError
 
@@ -63,6 +64,16 @@ class Uses:
         # A leaf that makes every use part of the graph, also where the activation needs no gradient.
         self.anchor = torch.zeros((), device=first.device, requires_grad=True)
         self._receiver: Callable[[Slot, Any], None] | None = None
+        self._noting = True
+
+    def note(self, slot: Slot) -> None:
+        """Record a use, unless the forward pass is over and part of it is only run again."""
+        if self._noting:
+            self.slots.append(slot)
+
+    def close(self) -> None:
+        """Record nothing more: the forward pass is over."""
+        self._noting = False
 
     def deliver(self, slot: Slot, gradient: Any) -> None:
         """Pass one slot's per-example gradients on to whoever runs the backward pass."""
@@ -73,8 +84,8 @@ class Uses:
             )
         self._receiver(slot, gradient)
 
-    def backward(self, losses: Tensor, weights: Tensor, receiver: Callable[[Slot, Any], None], retain: bool) -> None:
-        """One backward pass of `sum_n weights[n] * losses[n]`, each use's gradients going to `receiver`.
+    def backward(self, losses: Tensor, receiver: Callable[[Slot, Any], None], retain: bool) -> None:
+        """One backward pass of `sum_n losses[n]`, each use's gradients going to `receiver`.
 
         Guarantee: every path from the losses to a trainable parameter went through a captured use; otherwise autograd
         finds an ordinary gradient for that parameter, which is refused here, and nothing is returned.
@@ -84,8 +95,10 @@ class Uses:
         """
         self._receiver = receiver
         try:
-            leaves = [self.anchor, *self.parameters.values()]
-            found = torch.autograd.grad(losses, leaves, weights, retain_graph=retain, allow_unused=True)
+            # By edges instead of tensors, for a function of tensors would switch off the mode around this call.
+            end, *leaves = map(get_gradient_edge, (losses, self.anchor, *self.parameters.values()))
+            ones = torch.ones_like(losses)
+            found = torch.autograd.grad([end], leaves, [ones], retain_graph=retain, allow_unused=True)
         finally:
             self._receiver = None
         missed = [name for name, grad in zip(self.parameters, found[1:], strict=True) if grad is not None]

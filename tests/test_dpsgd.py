@@ -215,8 +215,8 @@ def test_backward_by_hand_on_captured_losses_is_refused():
     from hf_dpvision.rules import rule_for
 
     model, batch = small_net(), batch_of(2)
-    with capture(model, batch, 2, rule_for) as uses:
+    with capture(model, batch, 2, rule_for) as forward:
         losses = loss(model, batch)
-    assert uses.slots
+    assert forward.uses.slots
     with pytest.raises(CaptureError, match="outside of Uses.backward"):
         losses.sum().backward()

@@ -32,7 +32,6 @@ BEST = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "sa
         ({"fp16": True}, "fp16=True bf16"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size per_device_train_batch_size"),
         ({"torch_compile": True}, "torch_compile=True off"),
-        ({"activation_checkpointing": True}, "activation_checkpointing=True backward_passes=2"),
         ({"deepspeed": {"train_batch_size": 8}}, "deepspeed sharded"),
         ({"fsdp": "full_shard"}, "fsdp sharded"),
         ({"parallelism_config": object()}, "parallelism_config sharded"),

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..errors import MixingRefused
+from ..functions import kept_as_they_are
 from .gradients import Instantiated
 
 
@@ -24,7 +25,7 @@ class GenericUse(torch.autograd.Function):
         needed = ctx.needs_input_grad[4:]
         inner = [t.detach().requires_grad_(wanted) for t, wanted in zip(tensors, needed, strict=True)]
         thetas = [inner[slot_index].requires_grad_() for slot_index, _ in slots]
-        with torch.enable_grad():
+        with torch.enable_grad(), kept_as_they_are():
             outputs = run(inner)
         ctx.inner, ctx.thetas, ctx.outputs = inner, thetas, outputs
         ctx.n, ctx.slots = n, slots

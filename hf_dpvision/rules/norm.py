@@ -34,6 +34,11 @@ def _detached(tensor: Tensor | None, like: Tensor) -> Tensor | None:
     return None if tensor is None else tensor.detach().to(like.dtype)
 
 
+def _normalised_in(x: Tensor) -> Tensor:
+    """`x` as autocast would have it for layer and group norm: float32 on CUDA, as it is on the CPU."""
+    return x.float() if x.device.type == "cuda" and torch.is_autocast_enabled("cuda") and x.dtype.itemsize < 4 else x
+
+
 class LayerNormUse(torch.autograd.Function):
     """Layer norm over the last dimensions, `x [n*k, ..., *shape]`."""
 
@@ -81,6 +86,7 @@ def layer_norm(
     if input.ndim == len(normalized_shape):  # the examples themselves would be normalised together
         call.refuse("it normalises over dimension 0, which holds the examples")
     slots = call.slot(call.theta(weight)), call.slot(call.theta(bias))
+    input = _normalised_in(input)
     operands = input, _detached(weight, input), _detached(bias, input)
     return LayerNormUse.apply(call.anchor, *operands, list(normalized_shape), eps, call.n, slots)
 
@@ -164,6 +170,7 @@ def group_norm(
         return generic(call, *call.args, **call.kwargs)
     call.check_rows(input)
     slots = call.slot(call.theta(weight)), call.slot(call.theta(bias))
+    input = _normalised_in(input)
     run = GroupNorm(num_groups, _detached(weight, input), _detached(bias, input), eps)
     return ChannelNormUse.apply(call.anchor, input, run, call.n, slots)
 
@@ -173,7 +180,8 @@ def _frozen_batch_norm(call: Any, x: Tensor, mean: Any, variance: Any, weight: A
         return generic(call, *call.args, **call.kwargs)
     call.check_rows(x)
     slots = call.slot(call.theta(weight)), call.slot(call.theta(bias))
-    run = FrozenBatchNorm(mean.detach(), variance.detach(), _detached(weight, x), _detached(bias, x), eps)
+    # in the type of the statistics: a bfloat16 input goes with float32 parameters, but not with a mixture
+    run = FrozenBatchNorm(mean.detach(), variance.detach(), _detached(weight, mean), _detached(bias, mean), eps)
     return ChannelNormUse.apply(call.anchor, x, run, call.n, slots)
 
 
