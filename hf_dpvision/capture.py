@@ -116,41 +116,35 @@ class Call:
 class Interception(TorchFunctionMode):
     """The mode that is active during a captured forward pass."""
 
-    def __init__(
-        self, model: nn.Module, uses: Uses, batch: Batch, rules: Callable[[Callable], Callable]
-    ) -> None:
+    def __init__(self, uses: Uses, batch: Batch, rules: Callable[[Callable], Callable]) -> None:
         super().__init__()
         self.uses = uses
         self.rules = rules
-        self._model = model
         self.batched: Any = WeakTensorKeyDictionary()
         self.thetas: Any = WeakTensorKeyDictionary()
         for tensor in tensors_in(batch if isinstance(batch, (dict, list, tuple)) else dict(batch)):
             self.batched[tensor] = True
         for name, parameter in uses.parameters.items():
-            self.thetas[parameter] = Theta(parameter, frozenset((name,)), isometric=True)
+            self.gathered(name, parameter)
 
     def theta(self, tensor: Tensor) -> Theta | None:
         """The trainable tensor that `tensor` is, or None where it is something else."""
-        if isinstance(tensor, nn.Parameter) and tensor.requires_grad and tensor not in self.thetas:
-            self._find_in_place()
-            self.thetas.setdefault(tensor, None)  # a stranger, of the loss for example, is looked for once
         return self.thetas.get(tensor)
 
-    def _find_in_place(self) -> None:
-        """Learn the parameters that stand in the model just now: a sharded one is gathered while its module runs."""
-        for name, parameter in self._model.named_parameters():
-            if name in self.uses.parameters and self.thetas.get(parameter) is None:
-                self.uses.parameters[name] = parameter
-                self.thetas[parameter] = Theta(parameter, frozenset((name,)), isometric=True)
+    def gathered(self, name: str, parameter: nn.Parameter) -> None:
+        """Learn what stands for a sharded parameter while its module runs."""
+        if name in self.uses.parameters:
+            self.uses.parameters[name] = parameter
+            self.thetas[parameter] = Theta(parameter, frozenset((name,)), isometric=True)
 
     def replaced(self, tensor: Tensor, by: Tensor) -> None:
         """Treat `by` as `tensor`: something outside of torch functions has put it in its place."""
         if tensor in self.batched:
             self.batched[by] = True
-        theta = self.theta(tensor)
-        if theta is not None:
-            self.thetas[by] = theta
+
+    def of_parameters(self, tensor: Tensor) -> bool:
+        """Whether `tensor` is computed from trainable parameters alone."""
+        return self.theta(tensor) is not None
 
     def names(self, tensor: Tensor) -> frozenset[str]:
         theta = self.theta(tensor)
@@ -284,7 +278,7 @@ def capture(
             "train. Call requires_grad_(True) on what should be trained, for example on the classification head."
         )
     uses = Uses(parameters, n)
-    interception = Interception(model, uses, batch, rules)
+    interception = Interception(uses, batch, rules)
     with interception:
         yield Captured(uses, interception)
     uses.close()

@@ -7,7 +7,7 @@ one example's gradient is the sum over all uses, pulled back to the parameters.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -40,21 +40,21 @@ class Collector:
 
     def __init__(self, uses: Uses, norm_rule: NormRule, backward_passes: int) -> None:
         self._uses, self._norm_rule, self._passes = uses, norm_rule, backward_passes
-        self._joint: list[list[Slot]] = []
-        self._alone: set[Slot] = set()
+        self._joint: dict[Slot, list[Slot]] = {}  # those not alone, until their cluster is settled
         for members in clusters(uses.slots):
-            if len(members) == 1 and members[0].theta.isometric:
-                self._alone.add(members[0])
-            else:
-                self._joint.append(members)
+            if len(members) > 1 or not members[0].theta.isometric:
+                self._joint |= dict.fromkeys(members, members)
         first = next(iter(uses.parameters.values()))
         self._squared = torch.zeros(uses.n, dtype=wide(first.dtype), device=first.device)
         self._held: dict[Slot, PerExampleGradient] = {}
 
     def receive(self, slot: Slot, gradient: PerExampleGradient) -> None:
         """Take one use's gradients during the backward pass."""
-        if slot not in self._alone:
+        if slot in self._joint:
             self._held[slot] = gradient
+            members = self._joint[slot]
+            if all(member in self._held for member in members):  # at once: a sharded parameter is soon gone again
+                self._settle(members)
             return
         choice = choose(self._norm_rule, slot.shape, self._passes)
         if choice is Choice.KEEP:
@@ -65,14 +65,23 @@ class Collector:
 
     def squared_norms(self) -> Tensor:
         """Squared norms `[n]` over all trainable parameters; call once, after the backward pass."""
-        for members in self._joint:
-            delivered = [slot for slot in members if slot in self._held]
-            if delivered:
-                self._squared += self._joint_squared_norms(delivered)
-            if self._passes == 2:
-                for slot in delivered:
-                    del self._held[slot]
+        while self._joint:  # uses that no gradient reached keep their clusters open until now
+            self._settle(next(iter(self._joint.values())))
         return self._squared
+
+    def unsettled(self) -> list[str]:
+        """Parameters whose norms are not in yet, because only some of their uses were reached by a gradient."""
+        open_uses = [slot for slot, members in self._joint.items() if any(m in self._held for m in members)]
+        return sorted({name for slot in open_uses for name in slot.theta.sources})
+
+    def _settle(self, members: list[Slot]) -> None:
+        delivered = [slot for slot in members if slot in self._held]
+        if delivered:
+            self._squared += self._joint_squared_norms(delivered)
+        for slot in members:
+            del self._joint[slot]
+            if self._passes == 2:
+                self._held.pop(slot, None)
 
     def _joint_squared_norms(self, members: list[Slot]) -> Tensor:
         gradients = [self._held[slot] for slot in members]
@@ -115,48 +124,58 @@ class Collector:
 
         An example whose norm is not finite has factor 0, and its entries are removed beforehand (0 * NaN is NaN).
         """
-        summer = Summer(self._uses, factors, torch.isfinite(self._squared))
+        sums = Sums(self._uses)
+        summer = Summer(self._uses, factors, torch.isfinite(self._squared), sums.add)
         for slot in list(self._held):
             summer.receive(slot, self._held.pop(slot))
-        return summer.sums()
+        return sums.complete()
 
 
 class Summer:
-    """Forms weighted sums of per-example gradients and takes them back to the parameters.
+    """Forms weighted sums of per-example gradients and takes them back to the parameters, use by use.
 
     Args:
         uses: what the forward pass recorded.
-        factors: `[n]`, or None where the loss was weighted already (second backward pass).
+        factors: `[n]`.
         finite: `[n]`, false for examples that must contribute exactly nothing.
+        add: receives one parameter's name and a share of its sum, float32 or better.
     """
 
-    def __init__(self, uses: Uses, factors: Tensor | None, finite: Tensor) -> None:
-        self._uses, self._factors, self._finite = uses, factors, finite
+    def __init__(self, uses: Uses, factors: Tensor, finite: Tensor, add: Callable[[str, Tensor], None]) -> None:
+        self._uses, self._factors, self._finite, self._add = uses, factors, finite, add
         self._all_finite = bool(finite.all())
-        self._per_tensor: dict[Tensor, Tensor] = {}
 
     def receive(self, slot: Slot, gradient: PerExampleGradient) -> None:
         """Add one use's share."""
         if not self._all_finite:
             gradient = gradient.kept(self._finite)
-        share = gradient.weighted_sum(self._factors).view(slot.theta.tensor.shape)
-        before = self._per_tensor.get(slot.theta.tensor)
-        self._per_tensor[slot.theta.tensor] = share if before is None else before + share
+        theta, names = slot.theta.tensor, sorted(slot.theta.sources)
+        share = gradient.weighted_sum(self._factors).view(theta.shape)
+        if theta.is_leaf:
+            self._add(names[0], share)
+            return
+        parameters = [self._uses.parameters[name] for name in names]
+        found = torch.autograd.grad(theta, parameters, share.to(theta.dtype), retain_graph=True, allow_unused=True)
+        for name, grad in zip(names, found, strict=True):
+            if grad is not None:
+                self._add(name, grad.to(wide(grad.dtype)))
 
-    def sums(self) -> dict[str, Tensor]:
-        """The sums by qualified parameter name, zeros for parameters without use; float32 or better."""
-        parameters = self._uses.parameters
-        names = {parameter: name for name, parameter in parameters.items()}
-        derived = {tensor: share for tensor, share in self._per_tensor.items() if not tensor.is_leaf}
-        sums = {names[tensor]: share for tensor, share in self._per_tensor.items() if tensor.is_leaf}
-        if derived:
-            shares = [share.to(tensor.dtype) for tensor, share in derived.items()]
-            found = torch.autograd.grad(list(derived), list(parameters.values()), shares, allow_unused=True)
-            for name, grad in zip(parameters, found, strict=True):
-                if grad is not None:
-                    sums[name] = sums[name] + grad if name in sums else grad.to(wide(grad.dtype))
-        unused = {name: parameter for name, parameter in parameters.items() if name not in sums}
-        return sums | zeros(unused)
+
+class Sums:
+    """Sums by qualified parameter name."""
+
+    def __init__(self, uses: Uses) -> None:
+        self._uses = uses
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, share: Tensor) -> None:
+        """Add a share to one parameter's sum."""
+        before = self._sums.get(name)
+        self._sums[name] = share if before is None else before + share
+
+    def complete(self) -> dict[str, Tensor]:
+        """The sums, zeros for parameters without use."""
+        return self._sums | zeros({n: p for n, p in self._uses.parameters.items() if n not in self._sums})
 
 
 def zeros(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

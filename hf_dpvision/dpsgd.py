@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +16,11 @@ from torch import Tensor, nn
 
 from .capture import Captured, capture
 from .clipping import Clipping
-from .collector import Collector, Summer, zeros
+from .collector import Collector, Summer, Sums, zeros
 from .errors import ArgumentRefused, CaptureError, DataRefused
 from .rules import rule_for
 from .rules.cost import NormRule
+from .sharding import followed
 
 
 Batch = Mapping[str, Any] | Sequence[Any]
@@ -89,10 +91,62 @@ def clipped_gradient(
         else:
             # The factors enter where the gradients are summed, so that these are the very ones whose norms are known:
             # weighted losses would be rounded differently on their way back, in bfloat16 by more than a percent.
-            summer = Summer(forward.uses, factors, torch.isfinite(squared_norms))
+            sums = Sums(forward.uses)
+            summer = Summer(forward.uses, factors, torch.isfinite(squared_norms), sums.add)
             forward.backward(losses, summer.receive, retain=False)
-            gradients = summer.sums()
+            gradients = sums.complete()
     return ClippedGradient(gradients, squared_norms.sqrt())
+
+
+def add_clipped_gradient_to_shards(
+    model: nn.Module,
+    per_example_loss: PerExampleLoss,
+    batch: Batch,
+    *,
+    clipping: Clipping,
+    norm_rule: NormRule | str = NormRule.AUTO,
+) -> Tensor:
+    """Add to the `.grad` of a sharded model's parameters the clipped gradients of the batches of all processes.
+
+    Two backward passes: the first takes the norms, each process those of its own examples; in the second one FSDP2
+    adds up and spreads the clipped sums block by block. Every process has to call it as often as every other one;
+    one without examples passes a stand-in and a `clipping` whose factors are zero.
+
+    Guarantee: as for `clipped_gradient`, for the sum over all processes.
+
+    Args:
+        model: sharded by `sharding.shard`.
+        per_example_loss, clipping, norm_rule: as for `clipped_gradient`.
+        batch: of this process, with at least one example.
+
+    Returns:
+        Gradient norms of this process's examples before clipping, `[n]`. They are private.
+
+    Raises:
+        As `clipped_gradient`; and CaptureError where parameters are computed from others, or used several times, and
+        no gradient reached some of these uses: they are no longer gathered when that is known.
+    """
+    forward, losses = _captured_losses(model, per_example_loss, batch, batch_size(batch))
+    with _full_precision(losses):
+        collector = Collector(forward.uses, _checked(norm_rule, 2), backward_passes=2)
+        forward.backward(losses, collector.receive, retain=True)
+        if unsettled := collector.unsettled():
+            raise CaptureError(
+                f"Of the uses of parameter(s) {unsettled[:8]} some received no gradient, so that their norms cannot be "
+                "completed while the model is sharded. Freeze these parameters, or train without fsdp."
+            )
+        squared_norms = collector.squared_norms()
+        add = partial(_add_to_gathered, forward.uses.parameters)
+        summer = Summer(forward.uses, clipping.factors(squared_norms), torch.isfinite(squared_norms), add)
+        forward.backward(losses, summer.receive, retain=False)
+    return squared_norms.sqrt()
+
+
+def _add_to_gathered(parameters: Mapping[str, nn.Parameter], name: str, share: Tensor) -> None:
+    """Put a share where FSDP2 looks for the gradient of a gathered parameter."""
+    parameter = parameters[name]
+    share = share.to(parameter.dtype)
+    parameter.grad = share if parameter.grad is None else parameter.grad + share
 
 
 def per_example_norms(
@@ -156,7 +210,7 @@ def _checked(norm_rule: NormRule | str, backward_passes: int) -> NormRule:
 def _captured_losses(
     model: nn.Module, per_example_loss: PerExampleLoss, batch: Batch, n: int
 ) -> tuple[Captured, Tensor]:
-    with torch.enable_grad(), capture(model, batch, n, rule_for) as forward:
+    with torch.enable_grad(), capture(model, batch, n, rule_for) as forward, followed(model, forward.interception):
         losses = per_example_loss(model, batch)
     shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
     if shape != (n,):

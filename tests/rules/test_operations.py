@@ -12,10 +12,10 @@ from timm.layers import LayerNorm2d, StdConv2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
-from torch.utils.checkpoint import CheckpointError, checkpoint
+from torch.utils.checkpoint import checkpoint
 
 from hf_dpvision import clipped_gradient, clipping, per_example_norms
-from hf_dpvision.errors import MixingRefused
+from hf_dpvision.errors import CaptureError, MixingRefused
 
 
 WAYS = list(product(("auto", "mixed", "ghost", "instantiate"), (1, 2)))
@@ -578,15 +578,24 @@ def test_a_single_example_is_a_batch(name: str) -> None:
     _check(*_built(name, 1))
 
 
-def test_recomputed_activations_are_refused() -> None:
-    """The recomputation would run outside of the interception; autograd notices that it differs."""
-    model = Net(
-        lambda m, x: m.g(checkpoint(m.f, x, use_reentrant=False)),
+def _with_a_block_run_again(reentrant: bool) -> nn.Module:
+    return Net(
+        lambda m, x: m.g(checkpoint(m.f, x, use_reentrant=reentrant)),
         f=nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.LayerNorm(8), nn.Linear(8, 4)),
         g=nn.Linear(4, 2),
     ).double()
-    with pytest.raises(CheckpointError):
-        clipped_gradient(model, loss, each(6, 4)(N), clipping=clipping.Flat(1.0))
+
+
+def test_a_block_that_is_run_again_in_the_backward_pass_equals_the_loop() -> None:
+    _check(_with_a_block_run_again(reentrant=False), each(6, 4)(N))
+
+
+def test_reentrant_checkpointing_is_refused() -> None:
+    """Its first run is without gradients, so nothing of it is noticed, and what follows does not count as batched."""
+    with pytest.raises(CaptureError, match="ordinary gradient"):
+        clipped_gradient(
+            _with_a_block_run_again(reentrant=True), loss, each(6, 4)(N), clipping=clipping.Flat(1.0)
+        )
 
 
 @pytest.mark.parametrize("name", ["linear_3d", "conv2d", "layer_norm", "embedding", "attention_self", "lstm"])
