@@ -53,3 +53,15 @@ class LedgerRefused(RefusedError):
 
 class LedgerError(DPVisionError, RuntimeError):
     """A step could not be written down, so it was not taken."""
+
+
+class DeviceMemoryError(DPVisionError, RuntimeError):
+    """The device cannot hold a single example; the step was given up before its noise."""
+
+
+class LoadingError(DPVisionError, RuntimeError):
+    """The processes that load examples have ended or hang; the step was given up before its noise."""
+
+
+class CheckpointError(DPVisionError, RuntimeError):
+    """A checkpoint could not be written; those before it and the ledger are as they were."""

@@ -15,6 +15,12 @@ from transformers.trainer_utils import SaveStrategy
 PRIVATE_KEYS = ("loss", "train_loss", "total_flos", "num_input_tokens_seen", "train_tokens_per_second")
 
 
+_UNREADABLE = (
+    "Pictures that cannot be read contribute nothing, and nobody is told which: look for them beforehand with "
+    "hf_dpvision.data.check_images, whose answer the guarantee does not cover."
+)
+
+
 class PrivacyProgress(ProgressCallback):
     """The usual progress bar, one tick per logical step, with the epsilon last logged beside it."""
 
@@ -43,7 +49,7 @@ class ClaimAtStart(TrainerCallback):
     ) -> None:
         """Print the claim once, on the main process."""
         if state.is_world_process_zero:
-            tqdm.write(f"What this run will claim once all its steps are done:\n{self._claim()}\n")
+            tqdm.write(f"What this run will claim once all its steps are done:\n{self._claim()}\n{_UNREADABLE}\n")
 
 
 class StopWhenSpent(TrainerCallback):

@@ -14,18 +14,19 @@ from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import TrainOutput, seed_worker
+from transformers.trainer_utils import TrainOutput
 
 from . import agreement, guards, processes
 from .activation_checkpointing import checkpoint_activations
 from .checkpoints import find_resume_point
 from .collector import zeros
-from .data.examples import OneByOne
 from .data.labels import refuse_labels
 from .errors import ArgumentRefused
 from .guards_arguments import refuse_arguments
+from .loader import example_loader
 from .losses import model_losses
 from .mechanism import Mechanism, Randomness, SystemRandomness
+from .microbatches import DeviceSum
 from .models import load_model
 from .probe import describe_example, explained_failure, random_examples
 from .progress import ClaimAtStart, PrivacyProgress, StopWhenSpent
@@ -109,6 +110,7 @@ class DPTrainer(StatingTrainer):
         self.add_callback(StopWhenSpent(self._run.spent))
         self._mechanism: Mechanism | None = None
         self._stream: MicrobatchStream | None = None
+        self._device_sum = DeviceSum(args.per_device_train_batch_size)
 
     # The run
 
@@ -237,18 +239,7 @@ class DPTrainer(StatingTrainer):
         return self._get_collator_with_removed_columns(self.data_collator, description="training")
 
     def _example_loader(self, batch_sampler: Any) -> DataLoader:
-        args = self.args
-        return DataLoader(
-            OneByOne(self.train_dataset),
-            batch_sampler=batch_sampler,
-            collate_fn=self._collator(),
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
-            persistent_workers=args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            multiprocessing_context=args.dataloader_multiprocessing_context,
-            worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
-        )
+        return example_loader(self.train_dataset, self._collator(), batch_sampler, self.args)
 
     # The loss
 
@@ -299,11 +290,12 @@ class DPTrainer(StatingTrainer):
     def _sum_over_microbatches(self, model: nn.Module, batch: LogicalBatch) -> dict[str, Tensor]:
         sums = zeros({name: p for name, p in model.named_parameters() if p.requires_grad})
         for microbatch in batch:
-            with self.compute_loss_context_manager():
-                part = self._mechanism.sum_gradients(model, self.per_sample_loss, self._prepare_inputs(microbatch))
-            for name, value in part.items():
-                sums[name] += value
+            self._device_sum.add(sums, microbatch, partial(self._gradients_of, model))
         return sums
+
+    def _gradients_of(self, model: nn.Module, microbatch: Any) -> dict[str, Tensor]:
+        with self.compute_loss_context_manager():
+            return self._mechanism.sum_gradients(model, self.per_sample_loss, self._prepare_inputs(microbatch))
 
     def _clip_grad_norm(self, model: nn.Module) -> None:
         """Do nothing: the gradient is clipped per example, before the noise."""

@@ -18,7 +18,8 @@ CLIPPING_STYLES = {"flat": Flat, "automatic": Automatic}
 ACCOUNTANTS = ("prv", "pld", "rdp")
 EVAL_DATA = ("private", "public")
 PRIVACY_UNITS = ("example",)
-_NUMBERS = ("target_epsilon", "noise_multiplier", "target_delta", "per_sample_max_grad_norm", "logical_batch_size")
+_NUMBERS = ("target_epsilon", "noise_multiplier", "target_delta", "per_sample_max_grad_norm", "logical_batch_size",
+            "dataloader_timeout")  # fmt: skip
 
 
 @dataclass
@@ -110,6 +111,14 @@ class DPTrainingArguments(TrainingArguments):
         metadata={"help": "Before training, compare clipped gradients with a loop over random single examples."},
     )
 
+    dataloader_timeout: float = field(
+        default=1800,
+        metadata={
+            "help": "Seconds to wait for the examples of a microbatch from loading workers before the run is ended, "
+            "to be resumed; 0 waits forever."
+        },
+    )
+
     max_grad_norm: float = field(default=0.0, metadata={"help": "Must stay 0: it would clip the noisy gradient."})
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Drop columns that the model's forward does not name."}
@@ -133,6 +142,7 @@ class DPTrainingArguments(TrainingArguments):
             self.backward_passes = 2 if self.activation_checkpointing or self.fsdp else 1
         self._check_choices()
         self._check_numbers()
+        self._check_timeout()
         self._check_batch()
         if not self.disable_dp:
             self._check_budget()
@@ -169,6 +179,12 @@ class DPTrainingArguments(TrainingArguments):
                     f"{name}={value!r} is a {type(value).__name__} and not a number. In YAML write 1.0e-5, because "
                     "1e-5 is read as text."
                 )
+
+    def _check_timeout(self) -> None:
+        if not 0 <= self.dataloader_timeout < math.inf:
+            raise ArgumentRefused(
+                f"dataloader_timeout={self.dataloader_timeout!r}: a number of seconds is needed, or 0 to wait forever."
+            )
 
     def _check_batch(self) -> None:
         size = self.logical_batch_size

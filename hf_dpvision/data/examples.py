@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import struct
+import warnings
+import zlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +14,22 @@ from PIL import Image as PILImage
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
+from ..errors import DataRefused
 from .columns import Columns
 from .images import read_image
+
+
+# What Pillow, datasets, our own decoder and a transform raise for a broken example. DataRefused is a ValueError.
+_BROKEN = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    PILImage.DecompressionBombError,
+)
+_ABSENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 
 def undecoded(dataset: Dataset, column: str) -> Dataset:
@@ -48,7 +65,10 @@ class ImageExamples(TorchDataset):
     def __getitem__(self, index: int) -> dict[str, Tensor | int]:
         row = self.rows[int(index)]
         picture = read_image(row[self.columns.image], int(index), self.part)
-        return {"pixel_values": self.transform(picture), "labels": int(row[self.columns.label])}
+        label = row[self.columns.label]
+        if label is None:
+            raise DataRefused(f"example {index} of part {self.part!r} has no label (None): correct or remove it.")
+        return {"pixel_values": self.transform(picture), "labels": int(label)}
 
 
 def same_rows(one: Any, other: Any) -> bool:
@@ -67,20 +87,62 @@ def same_rows(one: Any, other: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class OneByOne(TorchDataset):
-    """Any map-style data set, read one index at a time.
+class Unreadable:
+    """Stands in for an example that is broken; it carries nothing, for who is broken is as private as the rest."""
 
-    Guarantee: a transform of the data set, such as one set by `with_transform`, is never given two examples together,
-    so it can neither mix them nor make several rows out of one.
+
+@dataclass(frozen=True)
+class OneByOne(TorchDataset):
+    """Any map-style data set, read one index at a time while it is trained on.
+
+    Guarantees: a transform of the data set, such as one set by `with_transform`, is never given two examples together,
+    so it can neither mix them nor make several rows out of one. An example that is broken ends nothing and is not
+    spoken of: it becomes `Unreadable`, also where that happens in a worker process, and warnings are held back.
+
+    Broken means that reading it, the transform included, raises what decoders raise (`DataRefused`, `ValueError`,
+    Pillow's errors, a file that is not there), or that it has no label (None). Other errors are those of a program or
+    a machine (`KeyError`, `TypeError`, `RuntimeError`, no memory, too many open files): they pass, and end the step.
     """
 
     dataset: Any
+    label_names: tuple[str, ...] = ("label", "labels")
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
-        return self.dataset[index]
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                example = self.dataset[index]
+        except _BROKEN as error:
+            if not _is_of_the_example(error):
+                raise
+            return Unreadable()
+        without_label = isinstance(example, Mapping) and any(example.get(n, 0) is None for n in self.label_names)
+        return Unreadable() if without_label else example
+
+
+def _is_of_the_example(error: Exception) -> bool:
+    """Whether another machine would fail on it too; our decoder keeps the first cause."""
+    cause = error if error.__cause__ is None else error.__cause__
+    if isinstance(cause, OSError) and cause.errno is not None:
+        return isinstance(cause, _ABSENT)
+    return not isinstance(cause, MemoryError)
+
+
+@dataclass(frozen=True)
+class ReadableOnly:
+    """A collator that leaves unreadable examples out: they contribute zero. Of none it makes an empty mapping.
+
+    Being absent from the sum and being in it with a zero gradient are the same release, so that zeroing out a record
+    and breaking it are the same neighbour.
+    """
+
+    collate: Callable[[list[Any]], Any]
+
+    def __call__(self, examples: list[Any]) -> Any:
+        readable = [example for example in examples if not isinstance(example, Unreadable)]
+        return self.collate(readable) if readable else {}
 
 
 def image_examples(

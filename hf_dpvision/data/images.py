@@ -45,7 +45,7 @@ def read_image(value: object, index: int, part: str = "train") -> Image.Image:
     except Exception as error:  # a broken file makes Pillow raise a dozen types; the index is what the user needs
         raise DataRefused(
             f"{where} cannot be read as an image ({type(error).__name__}: {error}): repair or remove it. "
-            "Training on the rest would make the stated number of examples false."
+            "In training it would contribute nothing, and nobody would be told."
         ) from error
 
 

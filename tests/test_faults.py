@@ -1,0 +1,287 @@
+"""Faults of machines and files: nothing is lost, nothing is told, and epsilon is never below the truth."""
+
+from __future__ import annotations
+
+import errno
+import io
+import logging
+import os
+import re
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image as PILImage
+from torch import Tensor
+from trainer_cases import Images, Linear, tiny_vit, trainer, weights
+
+from hf_dpvision.accounting.journal import read_journal
+from hf_dpvision.clipping import Flat
+from hf_dpvision.data import Columns, image_examples
+from hf_dpvision.data.examples import OneByOne, ReadableOnly, Unreadable
+from hf_dpvision.dpsgd import clipped_gradient
+from hf_dpvision.errors import DataRefused, DeviceMemoryError
+from hf_dpvision.microbatches import DeviceSum
+from hf_dpvision.noise import NoiseSource
+
+
+# Memory
+
+
+def cuda_is_full() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def cpu_is_full() -> None:
+    torch.empty(1 << 60, dtype=torch.int8)  # the allocator's own error
+
+
+FULL = pytest.mark.parametrize("full", [cuda_is_full, cpu_is_full])
+
+
+class InLittleMemory(torch.autograd.Function):
+    """The identity, for which more than so many examples are too many on the way there or back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, most: int, full: Any) -> Tensor:
+        ctx.most, ctx.full = most, full
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        if len(gradient) > ctx.most:
+            ctx.full()
+        return gradient, None, None
+
+
+class Small(Linear):
+    """Fits `most` examples; `where` it runs out with more."""
+
+    def __init__(self, most: int, where: str, full: Any) -> None:
+        super().__init__()
+        self.most, self.where, self.full = most, where, full
+        self.sizes: list[int] = []
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        self.sizes.append(len(pixel_values))
+        logits = super().forward(pixel_values)
+        if self.where == "forward" and len(pixel_values) > self.most:
+            self.full()
+        return InLittleMemory.apply(logits, self.most, self.full) if self.where == "backward" else logits
+
+
+@FULL
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_out_of_memory_halves_the_physical_batch_and_takes_the_same_step_uncharged(tmp_path, caplog, where, full):
+    start, little = Linear(), Small(3, where, full)
+    little.load_state_dict(start.state_dict())
+    results = []
+    for name, model in (("enough", start), ("little", little)):
+        data = Images()
+        run = trainer(
+            tmp_path / name, model, train_dataset=data, logical_batch_size=24, per_device_train_batch_size=16,
+            max_steps=5,
+        )  # fmt: skip
+        run.train()
+        results.append((weights(run.model), data.seen, read_journal(tmp_path / name).ledger))
+    (one, seen_one, charged_one), (other, seen_other, charged_other) = results
+    assert (one - other).abs().max() < 1e-5
+    assert seen_one == seen_other and charged_one == charged_other and charged_one.steps == 5
+    halvings = [record.args[0] for record in caplog.records if record.name == "hf_dpvision.microbatches"]
+    assert halvings == [8, 4, 2]  # once each: the smaller size stays
+    assert little.sizes[:3] == [16, 8, 4] and max(little.sizes[3:]) == 2
+
+
+@pytest.mark.parametrize("fitting", [12, 5, 1])
+def test_the_clipped_sum_does_not_depend_on_what_fitted(fitting):
+    model, batch = tiny_vit(), Images(13).batch(range(13))
+
+    def losses(model: Any, part: Any) -> Tensor:
+        logits = model(part["pixel_values"]).logits
+        return torch.nn.functional.cross_entropy(logits, part["labels"], reduction="none")
+
+    def gradients(part: Any) -> dict[str, Tensor]:
+        if len(part["labels"]) > fitting:
+            cuda_is_full()
+        return clipped_gradient(model, losses, part, clipping=Flat(0.1)).gradients
+
+    whole = clipped_gradient(model, losses, batch, clipping=Flat(0.1)).gradients
+    sums = {name: torch.zeros_like(value) for name, value in whole.items()}
+    limited = DeviceSum(13)
+    limited.add(sums, batch, gradients)
+    limited.add(sums, {}, gradients)
+    assert all((sums[name] - value).abs().max() < 1e-5 for name, value in whole.items())
+    assert limited.size == {12: 6, 5: 3, 1: 1}[fitting]
+
+
+@FULL
+def test_when_one_example_does_not_fit_nothing_is_charged(tmp_path, full):
+    run = trainer(tmp_path, Small(0, "forward", full))
+    before = weights(run.model)
+    with pytest.raises(DeviceMemoryError, match="single example.*backward_passes=2"):
+        run.train()
+    assert read_journal(tmp_path).ledger.steps == 0 == run.epsilon().upper and torch.equal(before, weights(run.model))
+
+
+def test_another_error_of_the_model_is_not_taken_for_a_lack_of_memory(tmp_path):
+    def broken() -> None:
+        raise RuntimeError("shapes do not fit")
+
+    run = trainer(tmp_path, Small(0, "forward", broken))
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        run.train()
+    assert run.epsilon().upper == 0
+
+
+def test_out_of_memory_behind_the_charge_leaves_the_step_charged_and_its_repetition_is_charged_too(
+    tmp_path, monkeypatch
+):
+    normal, drawn = NoiseSource.normal, []
+
+    def full_once(source, shape, std):
+        drawn.append(shape)
+        if len(drawn) == 5:  # two parameters: in the third step
+            cuda_is_full()
+        return normal(source, shape, std)
+
+    monkeypatch.setattr(NoiseSource, "normal", full_once)
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer(tmp_path, Linear(), **saving).train()
+    assert read_journal(tmp_path).ledger.steps == 3
+    again = trainer(tmp_path, Linear(), **saving)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 4 and read_journal(tmp_path).ledger.steps == 3 + 2
+
+
+# Broken examples
+
+
+def truncated_png() -> bytes:
+    buffer = io.BytesIO()
+    PILImage.fromarray(np.random.RandomState(0).randint(0, 255, (16, 16, 3), np.uint8)).save(buffer, format="PNG")
+    return buffer.getvalue()[:200]
+
+
+def bomb() -> None:
+    raise PILImage.DecompressionBombError("too many pixels")
+
+
+BROKEN = {
+    "truncated": lambda: PILImage.open(io.BytesIO(truncated_png())).load(),
+    "no picture": lambda: PILImage.open(io.BytesIO(b"nothing")),
+    "bomb": bomb,
+    "no file": lambda: PILImage.open("nowhere.png"),
+    "value": lambda: np.zeros(2).reshape(3),
+}
+
+
+class PartlyBroken(Images):
+    """Some examples cannot be read."""
+
+    def __init__(self, broken: dict[int, Any]) -> None:
+        super().__init__()
+        self.broken = broken
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        example = super().__getitem__(index)
+        if index in self.broken:
+            warnings.warn(f"something odd about example {index}", stacklevel=1)
+            self.broken[index]()
+        return example
+
+
+class WithoutGradient(Images):
+    """The same examples have pictures that are not numbers, which contribute exactly zero."""
+
+    def __init__(self, broken: Any) -> None:
+        super().__init__()
+        self.pixels[list(broken)] = float("nan")
+
+
+TIMED = re.compile(r"train_runtime|it/s\]")  # lines that hold a time
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_examples_contribute_exactly_zero_and_leave_no_trace(tmp_path, capfd, caplog, workers):
+    kinds = [*BROKEN.values()]
+    broken = {index: kinds[index % len(kinds)] for index in range(1, 64, 2)}
+    settings = {"dataloader_num_workers": workers, "max_steps": 6, "logging_steps": 1, "save_strategy": "steps"}
+    results = []
+    for name, data in (("broken", PartlyBroken(broken)), ("zero", WithoutGradient(broken))):
+        torch.manual_seed(0)
+        with caplog.at_level(logging.DEBUG, logger="hf_dpvision"), warnings.catch_warnings(record=True) as said:
+            run = trainer(tmp_path / name, tiny_vit(), train_dataset=data, **settings)
+            run.train()
+        out, err = capfd.readouterr()
+        text = "\n".join(line for line in (out + err + caplog.text).splitlines() if not TIMED.search(line))
+        results.append((weights(run.model), text.replace(f"/{name}", ""), len(said), sorted(
+            str(path.relative_to(tmp_path / name)) for path in (tmp_path / name).rglob("*")
+        )))  # fmt: skip
+        caplog.clear()
+    (one, text_one, said_one, files_one), (other, text_other, said_other, files_other) = results
+    assert (one - other).abs().max() < 1e-6
+    assert files_one == files_other and said_one == said_other and "odd" not in text_one
+    assert "contribute nothing, and nobody is told" in text_one and text_one == text_other
+
+
+def test_a_microbatch_of_broken_examples_alone_is_a_step_of_noise(tmp_path):
+    broken = PartlyBroken({index: bomb for index in range(1, 64)})
+    run = trainer(tmp_path, Linear(), train_dataset=broken, logical_batch_size=1, per_device_train_batch_size=1)
+    run.train()
+    assert run._run.ledger.steps == run.state.global_step == 4
+
+
+def test_a_data_set_whose_first_example_is_broken_is_refused_before_the_first_step(tmp_path):
+    run = trainer(tmp_path, Linear(), train_dataset=PartlyBroken({0: bomb}))
+    with pytest.raises(PILImage.DecompressionBombError):
+        run.train()
+    assert run.epsilon().upper == 0 and not (tmp_path / "privacy").exists()
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO, errno.ENOSPC])
+def test_what_is_wrong_with_the_machine_is_not_blamed_on_an_example(number):
+    class Machine(Images):
+        def __getitem__(self, index):
+            raise OSError(number, os.strerror(number))
+
+    with pytest.raises(OSError, match=os.strerror(number)):
+        OneByOne(Machine())[1]
+
+
+@pytest.mark.parametrize("error", [KeyError("image"), TypeError("a tensor"), RuntimeError("CUDA"), MemoryError()])
+def test_a_programmers_mistake_is_no_broken_example(error):
+    class Mistaken(Images):
+        def __getitem__(self, index):
+            raise error
+
+    with pytest.raises(type(error)):
+        OneByOne(Mistaken())[1]
+
+
+def test_our_decoder_keeps_the_first_cause_which_decides(tmp_path, monkeypatch):
+    picture = tmp_path / "picture.png"
+    picture.write_bytes(truncated_png())
+    rows = Dataset.from_dict({"image": [str(picture), str(tmp_path / "nowhere.png"), None], "label": [0, 1, 2]})
+    read = OneByOne(image_examples(rows, Columns("image", "label"), lambda picture: torch.zeros(3, 4, 4)))
+    assert all(isinstance(read[index], Unreadable) for index in range(3))
+
+    def too_many(self, value, **kwargs):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr("datasets.Image.decode_example", too_many)
+    with pytest.raises(DataRefused, match="Too many open files"):
+        read[0]
+
+
+def test_an_example_without_a_label_is_broken_too():
+    unlabelled = Images(4)
+    unlabelled.__class__ = type("Unlabelled", (Images,), {"__getitem__": lambda self, i: {"labels": None, "x": 1}})
+    assert isinstance(OneByOne(unlabelled)[2], Unreadable)
+    rows = Dataset.from_dict({"image": [np.zeros((4, 4), np.uint8).tolist()] * 2, "label": [1, None]})
+    examples = image_examples(rows, Columns("image", "label"), lambda picture: torch.zeros(3, 4, 4))
+    assert OneByOne(examples)[0]["labels"] == 1 and isinstance(OneByOne(examples)[1], Unreadable)
+    assert ReadableOnly(len)([Unreadable(), {"x": 1}, {"x": 2}]) == 2 and ReadableOnly(len)([Unreadable()]) == {}
