@@ -132,7 +132,7 @@ def add_clipped_gradient_to_shards(
         forward.backward(losses, collector.receive, retain=True)
         if unsettled := collector.unsettled():
             raise CaptureError(
-                f"Of the uses of parameter(s) {unsettled[:8]} some received no gradient, so that their norms cannot be "
+                f"Of the uses of parameter(s) {unsettled[:8]} some received no gradient, so their norms cannot be "
                 "completed while the model is sharded. Freeze these parameters, or train without fsdp."
             )
         squared_norms = collector.squared_norms()
@@ -221,7 +221,7 @@ def _captured_losses(
     if not losses.requires_grad:
         raise CaptureError(
             f"the losses do not depend on any trainable parameter of {type(model).__name__} (the first is "
-            f"{next(iter(forward.uses.parameters))!r}): there would be nothing but noise to train on. Unfreeze what the loss "
-            "depends on, and do not detach it."
+            f"{next(iter(forward.uses.parameters))!r}): there would be nothing but noise to train on. Unfreeze what "
+            "the loss depends on, and do not detach it."
         )
     return forward, losses

@@ -59,6 +59,19 @@ def _is_finite(value: object) -> bool:
     return isinstance(value, Real) and math.isfinite(value)
 
 
+# What Trainer fills in, and the only values that change nothing; two further keys are used.
+_PLAIN_SHARDING = {
+    "min_num_params": 0, "xla": False, "xla_fsdp_v2": False, "xla_fsdp_grad_ckpt": False, "version": 2,
+    "cpu_offload": False, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "cpu_ram_efficient_loading": False,
+    "state_dict_type": "FULL_STATE_DICT", "activation_checkpointing": False,
+}  # fmt: skip
+_USED_SHARDING = {"reshard_after_forward", "transformer_layer_cls_to_wrap"}
+
+
+def _unsupported_sharding(config: dict[str, object]) -> bool:
+    return any(_PLAIN_SHARDING.get(key) != value for key, value in config.items() if key not in _USED_SHARDING)
+
+
 _TABLE = (
     _Row(
         "max_steps",
@@ -103,7 +116,26 @@ _TABLE = (
         "Leave it off.",
     ),
     _Row("deepspeed", lambda args: bool(args.deepspeed), SHARDED, ONE_DEVICE),
-    _Row("fsdp", lambda args: bool(args.fsdp), SHARDED, ONE_DEVICE),
+    _Row(
+        "fsdp",
+        lambda args: bool(args.fsdp) and args.world_size == 1,
+        "there is one process, and nothing to spread the model over",
+        "Start several with torchrun or accelerate launch --multi_gpu, or leave it off.",
+    ),
+    _Row(
+        "fsdp_config",
+        lambda args: bool(args.fsdp) and _unsupported_sharding(args.fsdp_config),
+        "parameters and sums stay in float32 on the device, in shards of FSDP2, and activations are checkpointed by "
+        "the blocks themselves",
+        "Set only reshard_after_forward and transformer_layer_cls_to_wrap; activation_checkpointing and bf16 are "
+        "arguments of their own.",
+    ),
+    _Row(
+        "backward_passes",
+        lambda args: bool(args.fsdp) and args.backward_passes == 1,
+        "with fsdp a block's parameters are gone when the factors are known, so that the sums take a second pass",
+        "Leave it unset, or set it to 2.",
+    ),
     _Row("parallelism_config", lambda args: args.parallelism_config is not None, SHARDED, ONE_DEVICE),
     _Row(
         "use_liger_kernel",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .accounting import Ledger
 from .accounting.journal import Journal
 from .clipping import Clipping
-from .dpsgd import PerExampleLoss, clipped_gradient
+from .dpsgd import PerExampleLoss, add_clipped_gradient_to_shards, clipped_gradient
 from .errors import BudgetExceeded
 from .noise import NoiseSource, add_noise
 from .rules.cost import NormRule
@@ -77,11 +77,29 @@ class Mechanism(Protocol):
     def sum_gradients(self, model: nn.Module, per_example_loss: PerExampleLoss, batch: Any) -> dict[str, Tensor]:
         """Return parameter name -> sum over the examples of one microbatch."""
 
+    def add_to_shards(
+        self, model: nn.Module, per_example_loss: PerExampleLoss, batch: Any, *, counts: bool
+    ) -> None:
+        """Add that sum to the `.grad` of a sharded model, over all processes; nothing of a batch that does not count.
+
+        Every process has to call it as often as every other one.
+        """
+
     def charge(self) -> None:
         """Account for one step; called before anything of it is released, also when the batch is empty."""
 
     def add_noise(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return what may be released of the sums over one logical batch; called once per step, in one process."""
+
+
+class _Excluded:
+    """Clipping for examples that must contribute nothing."""
+
+    def factors(self, squared_norms: Tensor) -> Tensor:
+        return torch.zeros_like(squared_norms)
+
+    def sensitivity(self) -> float:
+        return 0.0
 
 
 class PrivateMechanism:
@@ -134,6 +152,13 @@ class PrivateMechanism:
             backward_passes=self._backward_passes,
         ).gradients
 
+    def add_to_shards(
+        self, model: nn.Module, per_example_loss: PerExampleLoss, batch: Any, *, counts: bool
+    ) -> None:
+        """Add clipped gradients to the shards; see `add_clipped_gradient_to_shards`."""
+        clipping = self.clipping if counts else _Excluded()
+        add_clipped_gradient_to_shards(model, per_example_loss, batch, clipping=clipping, norm_rule=self._norm_rule)
+
     def charge(self) -> None:
         """Put one step into the ledger, on disk first.
 
@@ -165,6 +190,13 @@ class WithoutPrivacy:
         total = per_example_loss(model, batch).sum()
         gradients = torch.autograd.grad(total, parameters, allow_unused=True, materialize_grads=True)
         return dict(zip(names, gradients, strict=True))
+
+    def add_to_shards(
+        self, model: nn.Module, per_example_loss: PerExampleLoss, batch: Any, *, counts: bool
+    ) -> None:
+        """Add the gradients of the summed loss, by FSDP2 alone."""
+        total = per_example_loss(model, batch).sum()
+        (total if counts else total * 0).backward()
 
     def charge(self) -> None:
         """Nothing is accounted for."""

@@ -66,8 +66,22 @@ def same_text(text: str, device: torch.device) -> str:
     return bytes(shared.tolist()).decode()
 
 
-def same_weights(model: nn.Module) -> None:
-    """Overwrite parameters and buffers with those of rank 0.
+def any_of(said: bool, device: torch.device) -> bool:
+    """Return whether any process says so, on every process; with one process, `said` itself.
+
+    Raises:
+        ProcessLost: another process has ended.
+    """
+    if not _several():
+        return said
+    told = torch.tensor([int(said)], device=device)
+    with _all_alive():
+        dist.all_reduce(told, op=dist.ReduceOp.MAX)
+    return bool(told)
+
+
+def same_weights(model: nn.Module, device: torch.device) -> None:
+    """Overwrite parameters and buffers with those of rank 0, sent by way of `device`.
 
     Raises:
         ProcessLost: another process has ended.
@@ -75,7 +89,14 @@ def same_weights(model: nn.Module) -> None:
     if _several():
         with _all_alive():
             for tensor in (*model.parameters(), *model.buffers()):
-                dist.broadcast(tensor.data, src=0)
+                sent = tensor.data.to(device)
+                dist.broadcast(sent, src=0)
+                tensor.data.copy_(sent)
+
+
+def is_first() -> bool:
+    """Whether this is rank 0, or the only process."""
+    return not _several() or dist.get_rank() == 0
 
 
 def total(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:

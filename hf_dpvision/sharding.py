@@ -7,17 +7,25 @@ expected, and FSDP2 adds them up over the processes and keeps each process's par
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+
+from .errors import ModelRefused
+
+
+# An item of a list of modules with more than this part of all parameters is cut further, if it can be.
+_LARGE = 8
 
 
 class Follower(Protocol):
@@ -33,25 +41,144 @@ class Follower(Protocol):
         """Whether `tensor` is computed from trainable parameters alone."""
 
 
-def shard(model: nn.Module, blocks: Iterable[nn.Module], *, reshard_after_forward: bool, device_type: str) -> None:
-    """Spread the parameters of `model` over all processes, in place; each of `blocks` is gathered as one.
-
-    Gradients are summed over the processes, in the type of the parameters, and never averaged: they are sums over
-    examples, divided by the expected batch size once noise has been added.
+@dataclass(frozen=True)
+class Sharding:
+    """How a model is cut into blocks that are gathered as one.
 
     Args:
-        model: becomes an `FSDPModule`; all processes must have the same weights.
-        blocks: modules inside, none within another.
+        block_classes: class names of the blocks; without any, the items of the model's lists of modules are the
+            blocks, and those of the lists inside where an item holds more than an eighth of all parameters.
         reshard_after_forward: free the gathered parameters of a block between its forward and its backward pass.
-        device_type: where the shards live, `"cuda"` or `"cpu"`.
     """
-    mesh = init_device_mesh(device_type, (dist.get_world_size(),))
-    for block in blocks:
-        fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward)
-    fully_shard(model, mesh=mesh)
-    for module in sharded_modules(model):
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
+
+    block_classes: tuple[str, ...] = ()
+    reshard_after_forward: bool = True
+
+    def apply(self, model: nn.Module, device_type: str) -> None:
+        """Spread the parameters of `model` over all processes, in place; it becomes an `FSDPModule`.
+
+        Gradients are summed over the processes, in the type of the parameters, and never averaged: they are sums over
+        examples, divided by the expected batch size once noise has been added.
+
+        Args:
+            model: all processes must have the same weights.
+            device_type: where the shards live, `"cuda"` or `"cpu"`.
+
+        Raises:
+            ModelRefused: the model has no block of a class that was named.
+        """
+        mesh = init_device_mesh(device_type, (dist.get_world_size(),))
+        for block in self.blocks(model):
+            fully_shard(block, mesh=mesh, reshard_after_forward=self.reshard_after_forward)
+        fully_shard(model, mesh=mesh)
+        for module in sharded_modules(model):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        """The modules of `model` that are gathered as one, none within another; what is left is gathered with it.
+
+        Raises:
+            ModelRefused: the model has no block of a class that was named.
+        """
+        if not self.block_classes:
+            total = sum(parameter.numel() for parameter in model.parameters())
+            return list(_items_of_lists(model, total / _LARGE))
+        classes = {type(module).__name__ for module in model.modules()}
+        if missing := sorted(set(self.block_classes) - classes):
+            raise ModelRefused(
+                f"fsdp_config names the class(es) {missing}, of which {type(model).__name__} has no module. Name "
+                "classes of its blocks in transformer_layer_cls_to_wrap, or leave it out."
+            )
+        return list(_outermost(model, lambda module: type(module).__name__ in self.block_classes))
+
+
+def _items_of_lists(module: nn.Module, large: float) -> Iterator[nn.Module]:
+    for child in module.children():
+        if not isinstance(child, (nn.ModuleList, nn.Sequential)):
+            yield from _items_of_lists(child, large)
+            continue
+        for item in child.children():
+            inner = list(_items_of_lists(item, large))
+            size = sum(parameter.numel() for parameter in item.parameters())
+            if isinstance(item, (nn.ModuleList, nn.ModuleDict)) or (inner and size > large):
+                yield from inner
+            elif size:
+                yield item
+
+
+def _outermost(module: nn.Module, wanted: Callable[[nn.Module], bool]) -> Iterator[nn.Module]:
+    for child in module.children():
+        if wanted(child):
+            yield child
+        else:
+            yield from _outermost(child, wanted)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `Sharding.apply` was called on it."""
+    return isinstance(model, FSDPModule)
+
+
+def local_gradients(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """This process's shard of every parameter's gradient, float32 or better; zeros where there is none yet."""
+    return {
+        name: torch.zeros_like(parameter.to_local()) if parameter.grad is None else parameter.grad.to_local()
+        for name, parameter in parameters.items()
+    }
+
+
+def as_shard(local: Tensor, like: DTensor) -> DTensor:
+    """`local`, this process's part, as a sharded tensor of the global shape of `like`."""
+    return DTensor.from_local(
+        local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
+def full_weights(model: nn.Module) -> dict[str, Tensor] | None:
+    """The whole state of a sharded model on the CPU of the first process, empty on the others; None if not sharded.
+
+    Every process has to ask for it.
+    """
+    if not is_sharded(model):
+        return None
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+@contextmanager
+def whole_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Inside, `optimizer.state_dict()` returns whole tensors and `load_state_dict()` takes them, as without shards.
+
+    So a checkpoint does not depend on the number of processes. Every process has to enter it, since all of them are
+    asked for their shards then; nothing happens if the model is not sharded.
+    """
+    if not is_sharded(model):
+        yield
+        return
+    gathered = tree_map_only(DTensor, lambda tensor: tensor.full_tensor().cpu(), optimizer.state_dict())
+
+    def in_shards(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        shards = {
+            index: {key: _shard_of(value, parameters[index]) for key, value in state.items()}
+            for index, state in state_dict["state"].items()
+        }
+        return state_dict | {"state": shards}
+
+    saving = optimizer.register_state_dict_post_hook(lambda optimizer, state_dict: gathered)
+    loading = optimizer.register_load_state_dict_pre_hook(in_shards)
+    try:
+        yield
+    finally:
+        saving.remove()
+        loading.remove()
+
+
+def _shard_of(value: Any, parameter: DTensor) -> Any:
+    if not isinstance(value, Tensor) or value.shape != parameter.shape or value.ndim == 0:
+        return value  # a step count, for example
+    value = value.to(parameter.device)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def sharded_modules(model: nn.Module) -> dict[FSDPModule, str]:

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, _is_peft_model, unwrap_peft_model
 
-from . import guards
+from . import guards, sharding
 from .accounting import Bounds, Ledger
 from .checkpoints import load_strictly, refuse_partly_loaded_adapter
 from .model_card import write_model_card
@@ -72,7 +72,15 @@ class StatingTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:
             write_statement(output_dir or self.args.output_dir, self.privacy_statement())
-        super()._save(output_dir, state_dict)
+        super()._save(output_dir, sharding.full_weights(self.model) if state_dict is None else state_dict)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        with sharding.whole_state(self.model, self.optimizer.optimizer):
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with sharding.whole_state(self.model, self.optimizer.optimizer):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.args.push_to_hub and self.args.should_save:

@@ -19,20 +19,20 @@ from transformers.trainer_utils import TrainOutput
 from . import agreement, guards, processes
 from .activation_checkpointing import checkpoint_activations
 from .checkpoints import find_resume_point
-from .collector import zeros
 from .data.labels import refuse_labels
 from .errors import ArgumentRefused
 from .guards_arguments import refuse_arguments
+from .layouts import Layout, Replicated, Sharded
 from .loader import example_loader
 from .losses import model_losses
 from .mechanism import Mechanism, Randomness, SystemRandomness
-from .microbatches import DeviceSum
 from .models import load_model
 from .probe import describe_example, explained_failure, random_examples
 from .progress import ClaimAtStart, PrivacyProgress, StopWhenSpent
 from .run import PrivacyRun
 from .sampling import LogicalBatch, LogicalBatchIndices, LogicalBatchLoader, MicrobatchStream, PoissonSampler
 from .self_check import self_check
+from .sharding import is_sharded
 from .stating import StatingTrainer
 from .training_args import DPTrainingArguments
 
@@ -110,7 +110,13 @@ class DPTrainer(StatingTrainer):
         self.add_callback(StopWhenSpent(self._run.spent))
         self._mechanism: Mechanism | None = None
         self._stream: MicrobatchStream | None = None
-        self._device_sum = DeviceSum(args.per_device_train_batch_size)
+        self._layout = self._make_layout()
+
+    def _make_layout(self) -> Layout:
+        args, options = self.args, self.args.build_sharding()
+        if options is None:
+            return Replicated(args.per_device_train_batch_size, args.device)
+        return Sharded(options, args.device, lambda: self._random_examples(1, args.device))
 
     # The run
 
@@ -141,7 +147,8 @@ class DPTrainer(StatingTrainer):
         if trial is not None:
             raise ArgumentRefused(f"{trial=}: no ledger of this trainer would count the trials. Leave it out.")
         self._refuse()
-        guards.refuse_model(self.model)
+        if not is_sharded(self.model):  # by an earlier call
+            guards.refuse_model(self.model)
         dataset_size = guards.refuse_dataset(self.train_dataset, self.args)
         guards.refuse_evaluation_on_training_data(self.eval_dataset, self.train_dataset, self.args)
         guards.warn_of_little_protection(self.args, dataset_size)
@@ -179,21 +186,24 @@ class DPTrainer(StatingTrainer):
 
     def _check_clipping(self) -> None:
         """Look at one example's shape and, unless switched off, compare clipping with a loop on random examples."""
-        if self.args.activation_checkpointing:
-            checkpoint_activations(self.model, self.args.activation_checkpointing_kwargs)
-        (label_name,) = self.args.label_names
-        description = describe_example(self.train_dataset, self._collator(), label_name)
-        if self.args.self_check and not self.args.disable_dp:
+        args = self.args
+        if args.activation_checkpointing:
+            checkpoint_activations(self.model, args.activation_checkpointing_kwargs)
+        self._description = describe_example(self.train_dataset, self._collator(), args.label_names[0])
+        if args.self_check and not args.disable_dp and not is_sharded(self.model):  # it was checked, and then sharded
             self.model.train()
-            examples = random_examples(description, _CHECKED_EXAMPLES, label_name, self.args.device)
+            examples = self._random_examples(_CHECKED_EXAMPLES, next(self.model.parameters()).device)
             with explained_failure(examples):
                 self_check(
                     _in_full_precision(self.model),
                     self.per_sample_loss,
                     examples,
-                    norm_rule=self.args.norm_rule,
-                    backward_passes=self.args.backward_passes,
+                    norm_rule=args.norm_rule,
+                    backward_passes=args.backward_passes,
                 )
+
+    def _random_examples(self, count: int, device: torch.device) -> dict[str, Tensor]:
+        return random_examples(self._description, count, self.args.label_names[0], device)
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: DataLoader | None = None) -> nn.Module:
         """Place the model and switch autocast on, but never wrap it: gradients cross processes in `training_step`."""
@@ -207,9 +217,8 @@ class DPTrainer(StatingTrainer):
                 f"Trainer would run {max_steps} steps and {self._run.plan.steps} were planned and accounted for. "
                 "Leave get_train_dataloader and set_initial_training_values as they are."
             )
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        processes.same_weights(self.model)
-        return prepared
+        self._layout.place(self.model)  # before the optimizer is made for its parameters
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     # The data
 
@@ -278,24 +287,16 @@ class DPTrainer(StatingTrainer):
         self.optimizer.train()
         if self.args.torch_empty_cache_steps and self.state.global_step % self.args.torch_empty_cache_steps == 0:
             clear_device_cache()
-        sums = self._sum_over_microbatches(model, inputs)
+        sums = self._layout.sums(model, inputs, partial(self._run_step, model), self._mechanism)
         self._mechanism.charge()
-        noisy = self._mechanism.add_noise(sums) if self.args.process_index == 0 else sums
-        mean = {name: value / self._run.plan.expected_batch_size for name, value in processes.total(noisy).items()}
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter.grad = mean[name].to(parameter.dtype)
+        noisy = self._layout.noisy_total(sums, self._mechanism.add_noise)
+        mean = {name: value / self._run.plan.expected_batch_size for name, value in noisy.items()}
+        self._layout.write_gradients(model, mean)
         return torch.zeros((), device=self.args.device)
 
-    def _sum_over_microbatches(self, model: nn.Module, batch: LogicalBatch) -> dict[str, Tensor]:
-        sums = zeros({name: p for name, p in model.named_parameters() if p.requires_grad})
-        for microbatch in batch:
-            self._device_sum.add(sums, microbatch, partial(self._gradients_of, model))
-        return sums
-
-    def _gradients_of(self, model: nn.Module, microbatch: Any) -> dict[str, Tensor]:
+    def _run_step(self, model: nn.Module, microbatch: Any, step: Callable[..., Any]) -> Any:
         with self.compute_loss_context_manager():
-            return self._mechanism.sum_gradients(model, self.per_sample_loss, self._prepare_inputs(microbatch))
+            return step(model, self.per_sample_loss, self._prepare_inputs(microbatch))
 
     def _clip_grad_norm(self, model: nn.Module) -> None:
         """Do nothing: the gradient is clipped per example, before the noise."""

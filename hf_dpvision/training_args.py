@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from .clipping import Automatic, Clipping, Flat
 from .errors import ArgumentRefused
 from .rules.cost import NormRule
+from .sharding import Sharding
 
 
 CLIPPING_STYLES = {"flat": Flat, "automatic": Automatic}
@@ -136,6 +137,8 @@ class DPTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # accelerate's FSDP averages gradients and knows no CPU; the shards are made by torch's FSDP2 directly
+        self.fsdp_plugin_args = None
         # Counts labels of the realised batches across processes; the loss here is per example and needs no count.
         self.average_tokens_across_devices = False
         if self.backward_passes is None:
@@ -148,6 +151,18 @@ class DPTrainingArguments(TrainingArguments):
             self._check_budget()
         self.norm_rule = NormRule(self.norm_rule)
         self.build_clipping()
+
+    def build_sharding(self) -> Sharding | None:
+        """Return how the model is spread over the processes; None if each of them has all of it."""
+        if not self.fsdp:
+            return None
+        classes = self.fsdp_config.get("transformer_layer_cls_to_wrap") or ()
+        return Sharding(tuple(classes), bool(self.fsdp_config.get("reshard_after_forward", True)))
+
+    @property
+    def place_model_on_device(self) -> bool | None:
+        """Whether `Trainer` moves the model to the device: not if it is sharded, since it may not fit there."""
+        return False if self.fsdp else super().place_model_on_device
 
     def build_clipping(self) -> Clipping:
         """Return the clipping style as an object; `sensitivity()` is `per_sample_max_grad_norm`."""

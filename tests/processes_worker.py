@@ -31,6 +31,7 @@ from transformers import (  # noqa: E402
 from hf_dpvision import agreement  # noqa: E402
 from hf_dpvision.batchnorm import replace_batchnorm, to_group_norm  # noqa: E402
 from hf_dpvision.errors import ArgumentRefused  # noqa: E402
+from hf_dpvision.mechanism import FixedRandomness  # noqa: E402
 
 
 RANK = 0
@@ -105,6 +106,63 @@ def job_equality(folder: Path) -> None:
         report(folder / name, hashes=hashes, epsilon=run.epsilon().upper, world=run.args.world_size)
         if RANK == 0:
             torch.save(weights(run.model), folder / name / "weights.pt")
+
+
+class OwnShardOfTheNoise(FixedRandomness):
+    """The noise of one process, cut as FSDP2 cuts parameters, so that a sharded run can be compared with a plain one.
+
+    Real noise is drawn by every process for its own shard.
+    """
+
+    def __init__(self, seed: int, shapes: list[tuple[int, ...]], world: int) -> None:
+        super().__init__(seed)
+        object.__setattr__(self, "shapes", shapes)
+        object.__setattr__(self, "world", world)
+
+    def noise_source(self, device: torch.device) -> Any:
+        whole = super().noise_source(device)
+
+        def source(step: int) -> Any:
+            drawn, shapes, world = whole(step), iter(self.shapes), self.world
+
+            class Shards:
+                algorithm = drawn.algorithm
+
+                def normal(self, shape: tuple[int, ...], std: float) -> torch.Tensor:
+                    parts = drawn.normal(next(shapes), std).chunk(world)
+                    own = parts[RANK] if RANK < len(parts) else parts[0][:0]
+                    assert own.shape == tuple(shape)
+                    return own
+
+            return Shards()
+
+        return source
+
+
+def gathered(model: nn.Module) -> torch.Tensor:
+    """All parameters of a sharded model as one vector; every process has to ask for it."""
+    return torch.cat([parameter.detach().full_tensor().reshape(-1) for parameter in model.parameters()])
+
+
+def job_sharded(folder: Path) -> None:
+    """Each family with its parameters spread over both processes; a checkpoint after ten steps, and one at the end."""
+    for name, build in MODELS.items():
+        model = build()
+        shapes = [tuple(parameter.shape) for parameter in model.parameters()]
+        own = folder / name / "files"
+        run = trainer(
+            own, model, randomness=OwnShardOfTheNoise(0, shapes, 2), max_steps=20, fsdp=True, save_strategy="steps",
+            save_steps=10, save_total_limit=3, self_check=True, optim="adamw_torch", learning_rate=0.01,
+            eval_dataset=Images(6),
+        )  # fmt: skip
+        run.train()
+        held = sum(parameter.to_local().numel() for parameter in model.parameters())
+        whole = gathered(run.model)
+        loss = run.evaluate()["eval_loss"]
+        run.save_model()
+        report(folder / name, epsilon=run.epsilon().upper, held=held, all=whole.numel(), loss=loss)
+        if RANK == 0:
+            torch.save(whole, folder / name / "weights.pt")
 
 
 def job_rare(folder: Path) -> None:

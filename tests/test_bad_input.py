@@ -562,7 +562,8 @@ ARGUMENTS = [
             lambda folder: DPTrainer(Linear(), arguments(folder), train_dataset=Images(),
                                      optimizer_cls_and_kwargs=(torch.optim.LBFGS, {})), "LBFGS several times SGD"),
     *(Refused(57, name, after(**{name: value}), f"{name} sharded one process per device")
-      for name, value in {"deepspeed": {"a": 1}, "fsdp": "full_shard", "parallelism_config": object()}.items()),
+      for name, value in {"deepspeed": {"a": 1}, "parallelism_config": object()}.items()),
+    Refused(57, "fsdp alone", after(fsdp=True), "fsdp=True one process torchrun"),
     *(Refused(57, kind.value, calling(guards.refuse_accelerator, accelerator(distributed_type=kind)),
               f"distributed_type='{kind.value}' sharded")
       for kind in (DistributedType.XLA, DistributedType.FSDP, DistributedType.MEGATRON_LM)),

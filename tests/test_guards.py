@@ -33,7 +33,7 @@ BEST = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "sa
         ({"auto_find_batch_size": True}, "auto_find_batch_size per_device_train_batch_size"),
         ({"torch_compile": True}, "torch_compile=True off"),
         ({"deepspeed": {"train_batch_size": 8}}, "deepspeed sharded"),
-        ({"fsdp": "full_shard"}, "fsdp sharded"),
+        ({"fsdp": True}, "fsdp=True one process torchrun"),
         ({"parallelism_config": object()}, "parallelism_config sharded"),
         ({"use_liger_kernel": True}, "use_liger_kernel fused"),
         ({"neftune_noise_alpha": 1.0}, "neftune_noise_alpha=1.0"),

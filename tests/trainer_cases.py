@@ -96,7 +96,7 @@ def trainer(folder: Path, model: nn.Module | None = None, *, seed: int | None = 
         if name in changes
     }
     own.setdefault("train_dataset", Images())
-    randomness = None if seed is None else FixedRandomness(seed)
+    randomness = changes.pop("randomness", None if seed is None else FixedRandomness(seed))
     model = tiny_vit() if model is None else model
     return DPTrainer(model=model, args=arguments(folder, **changes), randomness=randomness, **own)
 

@@ -26,7 +26,8 @@ def switched_on(model: nn.Module) -> nn.Module:
     if isinstance(model, PreTrainedModel):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     else:
-        next(module for module in model.modules() if hasattr(module, "set_grad_checkpointing")).set_grad_checkpointing()
+        offering = next(module for module in model.modules() if hasattr(module, "set_grad_checkpointing"))
+        offering.set_grad_checkpointing()
     return model.train()
 
 
