@@ -29,9 +29,10 @@ from transformers import (  # noqa: E402
 )
 
 from hf_dpvision import agreement  # noqa: E402
+from hf_dpvision.accounting.journal import FILE, FOLDER  # noqa: E402
 from hf_dpvision.batchnorm import replace_batchnorm, to_group_norm  # noqa: E402
 from hf_dpvision.errors import ArgumentRefused  # noqa: E402
-from hf_dpvision.mechanism import FixedRandomness  # noqa: E402
+from hf_dpvision.mechanism import FixedRandomness, SystemRandomness  # noqa: E402
 
 
 RANK = 0
@@ -60,13 +61,13 @@ def tiny_resnet() -> nn.Module:
 MODELS = {"vit": tiny_vit, "beit": tiny_beit, "resnet": tiny_resnet}
 
 
-def noise_run(folder: Path) -> Any:
+def noise_run(folder: Path, **changes: Any) -> Any:
     """A run of 40 steps that release only noise: a draw is empty (about every third) or its gradients are zero."""
     data = Images()
     data.pixels[:] = float("nan")
     return trainer(
         folder, Linear(), train_dataset=data, seed=7, logical_batch_size=1, max_steps=40, noise_multiplier=1.5,
-        per_sample_max_grad_norm=0.3,
+        per_sample_max_grad_norm=0.3, **changes,
     )  # fmt: skip
 
 
@@ -144,25 +145,73 @@ def gathered(model: nn.Module) -> torch.Tensor:
     return torch.cat([parameter.detach().full_tensor().reshape(-1) for parameter in model.parameters()])
 
 
+SHARDED_RUN = {
+    "max_steps": 20, "save_strategy": "steps", "save_steps": 10, "save_total_limit": 3, "optim": "adamw_torch",
+    "learning_rate": 0.01,
+}  # fmt: skip
+
+
+# Not with Adam, which makes a step of rounding where a gradient is zero, as that of the bias of keys.
+PLAIN_GRADIENTS = {
+    "disable_dp": True, "noise_multiplier": None, "save_strategy": "no", "optim": "sgd", "learning_rate": 0.1,
+}  # fmt: skip
+
+
+def sharded_run(folder: Path, model: nn.Module, **changes: Any) -> Any:
+    """A trainer that spreads the model over both processes, with the noise of one process."""
+    shapes = [tuple(parameter.shape) for parameter in model.parameters()]
+    return trainer(folder, model, randomness=OwnShardOfTheNoise(0, shapes, 2), fsdp=True, **SHARDED_RUN | changes)
+
+
+def as_after_step(ten: int, run_folder: Path, folder: Path) -> Path:
+    """Give `folder` the ledger of a run as it was after that step; return the run's checkpoint of then."""
+    if RANK == 0:
+        lines = (run_folder / FOLDER / FILE).read_bytes().splitlines(keepends=True)
+        (folder / FOLDER).mkdir(parents=True)
+        (folder / FOLDER / FILE).write_bytes(b"".join(lines[: 2 + ten]))
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    return run_folder / f"checkpoint-{ten}"
+
+
 def job_sharded(folder: Path) -> None:
-    """Each family with its parameters spread over both processes; a checkpoint after ten steps, and one at the end."""
+    """Each family spread over both processes; then resumed from its checkpoint, and from that of one process."""
     for name, build in MODELS.items():
-        model = build()
-        shapes = [tuple(parameter.shape) for parameter in model.parameters()]
-        own = folder / name / "files"
-        run = trainer(
-            own, model, randomness=OwnShardOfTheNoise(0, shapes, 2), max_steps=20, fsdp=True, save_strategy="steps",
-            save_steps=10, save_total_limit=3, self_check=True, optim="adamw_torch", learning_rate=0.01,
-            eval_dataset=Images(6),
-        )  # fmt: skip
+        own = folder / "sharded" / name
+        run = sharded_run(own / "files", build(), self_check=True, eval_dataset=Images(8))
         run.train()
-        held = sum(parameter.to_local().numel() for parameter in model.parameters())
-        whole = gathered(run.model)
+        found = {"through": gathered(run.model)}
         loss = run.evaluate()["eval_loss"]
         run.save_model()
-        report(folder / name, epsilon=run.epsilon().upper, held=held, all=whole.numel(), loss=loss)
+        for kind, origin in {"resumed": own / "files", "from_one": folder / "plain" / name}.items():
+            point = as_after_step(10, origin, own / kind)
+            again = sharded_run(own / kind, build(), save_strategy="no")
+            again.train(resume_from_checkpoint=str(point))
+            found[kind] = gathered(again.model)
+        held = sum(parameter.to_local().numel() for parameter in run.model.parameters())
+        report(own, epsilon=run.epsilon().upper, held=held, loss=loss)
         if RANK == 0:
-            torch.save(whole, folder / name / "weights.pt")
+            torch.save(found, own / "weights.pt")
+
+
+def job_sharded_noise(folder: Path) -> None:
+    """Only noise is released, each process drawing that of its own shards."""
+    torch.manual_seed(0)
+    run = noise_run(folder / "sharded_noise", randomness=SystemRandomness(), fsdp=True)
+    start = weights(run.model)
+    run.train()
+    moved = gathered(run.model) - start
+    if RANK == 0:
+        torch.save(moved, folder / "sharded_noise" / "moved.pt")
+
+
+def job_sharded_without_privacy(folder: Path) -> None:
+    """The baseline through the same path."""
+    run = sharded_run(folder / "baseline", tiny_vit(), **PLAIN_GRADIENTS)
+    run.train()
+    found = gathered(run.model)
+    if RANK == 0:
+        torch.save(found, folder / "baseline" / "weights.pt")
 
 
 def job_rare(folder: Path) -> None:

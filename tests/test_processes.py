@@ -16,11 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
-from processes_worker import MODELS, noise_run, run_of
+from processes_worker import MODELS, PLAIN_GRADIENTS, SHARDED_RUN, as_after_step, noise_run, run_of
 from scipy import stats
-from trainer_cases import tiny_vit, weights
+from trainer_cases import Images, tiny_vit, trainer, weights
 
 from hf_dpvision import processes
+from hf_dpvision.checkpoints import load_strictly
 
 
 pytestmark = pytest.mark.skipif(
@@ -79,16 +80,25 @@ def launched_once(factory: pytest.TempPathFactory, name: str, launcher: tuple[st
     with FileLock(f"{folder}.lock"):
         if not result.exists():
             folder.mkdir()
+            plain_runs(folder / "plain")
             options = [option.format(folder=folder) for option in launcher]
             ended = launch(*options, free_port(), WORKER, *jobs, str(folder))
             result.write_text(json.dumps({"code": ended.returncode, "stderr": ended.stderr}))
     return Launched(folder, **json.loads(result.read_text()))
 
 
+def plain_runs(folder: Path) -> None:
+    """The runs of `job_sharded` in one process, with a checkpoint after ten of their twenty steps."""
+    for name, build in MODELS.items():
+        run = trainer(folder / name, build(), **SHARDED_RUN)
+        run.train()
+        torch.save(weights(run.model), folder / name / "weights.pt")
+
+
 @pytest.fixture(scope="module")
 def torchrun(tmp_path_factory) -> Path:
     """The folder in which two processes of torchrun did all jobs but the deadly one; logs/ has their output."""
-    jobs = ("equality", "rare", "noise", "disagreement")
+    jobs = ("equality", "rare", "noise", "disagreement", "sharded", "sharded_noise", "sharded_without_privacy")
     launched = launched_once(tmp_path_factory, "torchrun", TORCHRUN, *jobs)
     assert launched.code == 0, launched.stderr[-3000:]
     return launched.folder
@@ -97,7 +107,7 @@ def torchrun(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def accelerated(tmp_path_factory) -> Launched:
     """What two processes of `accelerate launch` left behind, one of which died in their last job."""
-    return launched_once(tmp_path_factory, "accelerate", ACCELERATE, "equality", "die")
+    return launched_once(tmp_path_factory, "accelerate", ACCELERATE, "equality", "sharded", "die")
 
 
 @pytest.fixture(scope="module")
@@ -190,12 +200,85 @@ def test_processes_that_disagree_are_refused_on_every_one_of_them_with_nothing_c
         assert epsilon == 0
 
 
+@LAUNCHERS
+@FAMILIES
+def test_a_sharded_model_equals_that_of_one_process(folders, launcher, family):
+    sharded = torch.load(folders[launcher] / "sharded" / family / "weights.pt", weights_only=True)["through"]
+    alone = torch.load(folders[launcher] / "plain" / family / "weights.pt", weights_only=True)
+    assert (sharded - alone).abs().max() < 1e-6
+    assert (alone - weights(MODELS[family]())).abs().max() > 0.1  # something was learnt, and noise added
+
+
+@FAMILIES
+def test_each_process_holds_about_half_of_a_sharded_model(torchrun, family):
+    held = [report["held"] for report in reports(torchrun / "sharded" / family)]
+    total = weights(MODELS[family]()).numel()
+    assert sum(held) == total and max(held) < 0.55 * total
+
+
+@LAUNCHERS
+@FAMILIES
+def test_a_sharded_run_is_resumed_bit_for_bit_and_from_the_checkpoint_of_one_process(folders, launcher, family):
+    found = torch.load(folders[launcher] / "sharded" / family / "weights.pt", weights_only=True)
+    assert torch.equal(found["resumed"], found["through"])
+    assert (found["from_one"] - found["through"]).abs().max() < 1e-6
+
+
+@FAMILIES
+def test_one_process_goes_on_from_the_checkpoint_of_a_sharded_run(torchrun, tmp_path, family):
+    point = as_after_step(10, torchrun / "sharded" / family / "files", tmp_path)
+    run = trainer(tmp_path, MODELS[family](), **SHARDED_RUN | {"save_strategy": "no"})
+    run.train(resume_from_checkpoint=str(point))
+    through = torch.load(torchrun / "sharded" / family / "weights.pt", weights_only=True)["through"]
+    assert (weights(run.model) - through).abs().max() < 1e-6
+
+
+@FAMILIES
+def test_a_sharded_model_is_saved_whole_with_its_statement(torchrun, family):
+    files = torchrun / "sharded" / family / "files"
+    model = MODELS[family]()
+    load_strictly(model, files)
+    through = torch.load(torchrun / "sharded" / family / "weights.pt", weights_only=True)["through"]
+    assert torch.equal(weights(model), through)
+    statement = json.loads((files / "privacy.json").read_text())
+    assert statement["accountant"]["upper"] == reports(torchrun / "sharded" / family)[0]["epsilon"]
+    assert statement["trainable_parameters"]["trained"] == through.numel()
+
+
+@FAMILIES
+def test_a_sharded_model_is_evaluated_alike_on_every_process(torchrun, tmp_path, family):
+    first, second = (report["loss"] for report in reports(torchrun / "sharded" / family))
+    model = MODELS[family]()
+    load_strictly(model, torchrun / "sharded" / family / "files")
+    expected = trainer(tmp_path, model, eval_dataset=Images(8)).evaluate()["eval_loss"]
+    assert first == second == pytest.approx(expected, rel=1e-5)
+
+
+def test_every_shard_gets_noise_of_its_own_of_the_right_size(torchrun):
+    # sum of squares of 2307 standard normals, exact chi-square quantiles; false-positive rate 1e-6
+    moved = torch.load(torchrun / "sharded_noise" / "moved.pt", weights_only=True).double()
+    normals = moved / (0.1 * 1.5 * 0.3 * 40**0.5)  # learning rate, sigma, C, steps; the expected batch size is 1
+    low, high = stats.chi2.ppf([5e-7, 1 - 5e-7], moved.numel())
+    assert low < float(normals.square().sum()) < high
+    # the first row is the first process's, the last one the second's; the same seed would have made them alike
+    rows = normals[: 3 * 768].view(3, 768)
+    correlation = float(torch.corrcoef(rows[[0, 2]])[0, 1])
+    assert abs(correlation) < 0.19  # 5.2 standard deviations of 768 independent pairs
+
+
+def test_without_privacy_a_sharded_model_equals_that_of_one_process(torchrun, tmp_path):
+    run = trainer(tmp_path, tiny_vit(), **SHARDED_RUN | PLAIN_GRADIENTS)
+    run.train()
+    sharded = torch.load(torchrun / "baseline" / "weights.pt", weights_only=True)
+    assert (weights(run.model) - sharded).abs().max() < 1e-5
+
+
 def test_only_the_first_process_prints_and_writes(torchrun):
     def output(rank: int, stream: str) -> str:
         (log,) = (torchrun / "logs").glob(f"**/{rank}/{stream}.log")
         return log.read_text()
 
-    assert output(0, "stdout").count("What this run will claim") == 5 and output(1, "stdout") == ""
+    assert output(0, "stdout").count("What this run will claim") == 16 and output(1, "stdout") == ""
     assert "claim" not in output(1, "stderr") and "train_runtime" not in output(1, "stderr")
     for family in MODELS:
         written = {rank: torchrun / family / f"files{rank}" for rank in (0, 1)}
