@@ -14,8 +14,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, _is_p
 from . import guards
 from .accounting import Bounds, Ledger
 from .checkpoints import load_strictly, refuse_partly_loaded_adapter
-from .model_card import write_model_card
-from .progress import strip_private
+from .model_card import CardResult, write_model_card
+from .progress import last_evaluation, mark_private, strip_private
 from .run import PrivacyRun
 from .statement import RunRecord, make_statement, public_settings, write_statement
 from .training_args import DPTrainingArguments
@@ -47,8 +47,14 @@ class StatingTrainer(Trainer):
         return self._run.record(self.args, ledger, None if self._config is None else _public_name(self._config))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log without anything that depends on the sampled examples; training logs get epsilon instead."""
+        """Log without anything that depends on the sampled examples; training logs get epsilon instead.
+
+        What is logged reaches the callbacks, and with them TensorBoard, wandb and the like. Metrics of an evaluation
+        are logged as in `Trainer`, but those on private data get a mark, `eval_metrics_are_private`.
+        """
         private = self._run.plan is not None and not self._run.without_privacy
+        if self.args.eval_data != "public":
+            mark_private(logs)
         if strip_private(logs) and private and self.is_world_process_zero():
             logs["epsilon"] = self._run.epsilon_to_show(self.args.accountant)
         super().log(logs, start_time)
@@ -75,10 +81,6 @@ class StatingTrainer(Trainer):
         super()._save(output_dir, state_dict)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.args.push_to_hub and self.args.should_save:
-            # hub_strategy="every_save" uploads the output folder: statement and card must be there with the weights
-            write_statement(self.args.output_dir, self.privacy_statement())
-            self.create_model_card()
         if self.args.should_save:
             # written last, it says that a checkpoint is whole; one of the same name may be there from before a resume
             folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -103,16 +105,31 @@ class StatingTrainer(Trainer):
         """
         if self.is_world_process_zero():
             datasets = dataset_tags or dataset or ()
+            datasets = [datasets] if isinstance(datasets, str) else list(datasets)
             write_model_card(
                 self.args.output_dir,
                 self.privacy_statement(),
-                model_name=model_name or Path(self.args.output_dir).name,
+                model_name=model_name or self.hub_model_id or Path(self.args.output_dir).name,
                 base_model=finetuned_from,
-                datasets=[datasets] if isinstance(datasets, str) else list(datasets),
+                datasets=datasets,
                 license=license,
+                results=self._results(datasets),
                 library_name="peft" if _is_peft_model(self.model) else "transformers",
                 training=public_settings(self.args),
             )
+
+    def _results(self, datasets: list[str]) -> list[CardResult]:
+        """Return what was measured of the weights as they are now, if everyone may know it."""
+        if self.args.eval_data != "public":
+            return []
+        best = self.args.load_best_model_at_end and self.state.best_global_step and not self.is_in_train
+        step = self.state.best_global_step if best else self.state.global_step
+        measured = last_evaluation(self.state.log_history, step)
+        dataset = datasets[0] if len(datasets) == 1 else "evaluation data"
+        return [
+            CardResult("this model", name, value, dataset, "evaluation", released=True)
+            for name, value in measured.items()
+        ]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if _is_peft_model(self.model):

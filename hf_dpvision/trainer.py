@@ -28,10 +28,10 @@ from .mechanism import Mechanism, Randomness, SystemRandomness
 from .models import load_model
 from .probe import describe_example, explained_failure, random_examples
 from .progress import ClaimAtStart, PrivacyProgress, StopWhenSpent
+from .publishing import PublishingTrainer
 from .run import PrivacyRun
 from .sampling import LogicalBatch, LogicalBatchIndices, LogicalBatchLoader, MicrobatchStream, PoissonSampler
 from .self_check import self_check
-from .stating import StatingTrainer
 from .training_args import DPTrainingArguments
 
 
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 _CHECKED_EXAMPLES = 3
 
 
-class DPTrainer(StatingTrainer):
+class DPTrainer(PublishingTrainer):
     """Fine-tune an image classifier with differential privacy.
 
     Guarantee: the weights, optimizer state and logs after every step are together `(epsilon, delta)`-differentially
