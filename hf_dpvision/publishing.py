@@ -16,7 +16,7 @@ from transformers.utils.hub import PushInProgress, hf_api
 
 from .accounting.journal import FILE, FOLDER
 from .model_card import CARD_NAME
-from .release import released_copy
+from .release import released_files, unexpected_files
 from .statement import STATEMENT_FILE
 from .stating import StatingTrainer
 
@@ -27,8 +27,9 @@ logger = logging.getLogger(__name__)
 class PublishingTrainer(StatingTrainer):
     """A `Trainer` whose pushes hold the weights, what is needed to use them, and what is said about them.
 
-    Guarantee: only files on the list in `release.py` are uploaded. They are copied aside first and go in one commit,
-    so that weights never stand on the Hub without their statement, nor with that of another step.
+    Guarantee: only files on the list in `release.py` are uploaded, and of weights only those of this model. They are
+    put aside first and go in one commit, so that weights never stand on the Hub without their statement, nor with
+    that of another step.
     """
 
     def push_to_hub(
@@ -61,8 +62,11 @@ class PublishingTrainer(StatingTrainer):
             return None
         self.create_model_card(**kwargs)
         self._finish_current_push()
+        self._name_what_stays()
+        staging = self._staging()
+        self.save_model(staging.name, _internal_call=True)  # afresh: output_dir may hold weights of another run
         token, revision = token or self.args.hub_token, revision or self.args.hub_revision
-        job = self._upload(self.args.output_dir, commit_message, token, revision)
+        job = self._upload(staging, commit_message, token, revision)
         return job.result() if blocking else job
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -80,33 +84,52 @@ class PublishingTrainer(StatingTrainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.create_model_card()
         message = f"Training in progress, step {self.state.global_step}"
-        job = self._upload(checkpoint_folder, message, self.args.hub_token, self.args.hub_revision)
+        staging = self._staging()
+        for name in released_files(Path(checkpoint_folder)):
+            _copy(name, checkpoint_folder, staging.name)
+        job = self._upload(staging, message, self.args.hub_token, self.args.hub_revision)
         job.add_done_callback(_tell_of_failure)
         if busy:
             self.push_in_progress.jobs.append(job)
         else:
             self.push_in_progress = PushInProgress([job])
 
-    def _upload(self, folder: str, message: str | None, token: str | None, revision: str | None) -> Future[CommitInfo]:
-        """Copy aside what may leave of `folder`, with the card and the ledger of `output_dir`, and upload the copy."""
-        output, staging = Path(self.args.output_dir), TemporaryDirectory(prefix="_push-", dir=self.args.output_dir)
-        target = Path(staging.name)
-        released_copy(Path(folder), target)
-        shutil.copyfile(output / CARD_NAME, target / CARD_NAME)
-        ledger = Path(FOLDER, FILE)
-        (target / ledger).unlink(missing_ok=True)
-        if json.loads((target / STATEMENT_FILE).read_text(encoding="utf-8"))["ledger"] is not None:
-            (target / FOLDER).mkdir(exist_ok=True)
-            shutil.copyfile(output / ledger, target / ledger)
+    def _staging(self) -> TemporaryDirectory:
+        """Make a folder for what is going to be uploaded, which training does not touch any more."""
+        return TemporaryDirectory(prefix="_push-", dir=self.args.output_dir)
+
+    def _upload(
+        self, staging: TemporaryDirectory, message: str | None, token: str | None, revision: str | None
+    ) -> Future[CommitInfo]:
+        """Lay the card and the ledger beside the model, and upload in the background."""
+        output, ledger = self.args.output_dir, f"{FOLDER}/{FILE}"
+        _copy(CARD_NAME, output, staging.name)
+        if json.loads(Path(staging.name, STATEMENT_FILE).read_text(encoding="utf-8"))["ledger"] is not None:
+            _copy(ledger, output, staging.name)
         return hf_api().run_as_future(_commit, staging, self.hub_model_id, message or "Upload", token, revision)
+
+    def _name_what_stays(self) -> None:
+        """Name unexpected files: a push after a week must not fail because of notes, and must not take them along."""
+        unexpected = unexpected_files(Path(self.args.output_dir))
+        if unexpected:
+            logger.warning(
+                "Not uploaded, because nothing says that they are free of private data: %s%s. If they are, upload "
+                "them yourself.",
+                ", ".join(unexpected[:10]),
+                f" and {len(unexpected) - 10} more" if len(unexpected) > 10 else "",
+            )
+
+
+def _copy(name: str, source: str, target: str) -> None:
+    Path(target, name).parent.mkdir(exist_ok=True)
+    shutil.copyfile(Path(source, name), Path(target, name))
 
 
 def _commit(
     staging: TemporaryDirectory, repo_id: str, message: str, token: str | None, revision: str | None
 ) -> CommitInfo:
     with staging as folder:
-        paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-        operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in paths]
+        operations = [CommitOperationAdd(name, Path(folder, name)) for name in released_files(Path(folder))]
         return hf_api().create_commit(repo_id, operations, commit_message=message, token=token, revision=revision)
 
 

@@ -1,23 +1,19 @@
 """What may leave: the list of files that a released folder or repository may hold, each with the reason.
 
-The list allows, it does not forbid: a file that no line names stays on this machine, whatever it is. Besides the card,
-all of them follow from the noisy gradients and from public settings. What the list keeps back: logs and the trainer's
-state (evaluation on private data, times), states of random number generators, pickles (`training_args.bin`,
-`optimizer.pt`: machine paths, and code when they are opened), event files, predictions, and whatever else lies about.
+The list allows, it does not forbid: a file that no line names stays on this machine, whatever it is. Those named
+follow from the noisy gradients and from public settings. What stays, therefore: logs and the trainer's state
+(evaluation on private data, times), states of random number generators, pickles (`training_args.bin`, `optimizer.pt`:
+paths of this machine, and code that runs when they are opened), event files, predictions, and whatever else is there.
 """
 
 from __future__ import annotations
 
-import logging
 import re
-import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from .accounting.journal import FILE, FOLDER
-
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,11 +28,6 @@ class _Line:
     pattern: str
     why: str
 
-    def names(self, path: str) -> bool:
-        return re.fullmatch(self.pattern, path) is not None
-
-
-_ADAPTER = r"(?!checkpoint-|_)([^/]+/)?"  # PEFT saves adapters that are not called `default` in folders of their own
 
 _ALLOWED = (
     _Line(r"README\.md", "the card, written from privacy.json"),
@@ -45,8 +36,8 @@ _ALLOWED = (
     _Line(r"config\.json", "the architecture and the names of the classes, which are public"),
     _Line(r"model(-\d{5}-of-\d{5})?\.safetensors", "weights, which the guarantee covers; holds tensors alone"),
     _Line(r"model\.safetensors\.index\.json", "which file holds which weight"),
-    _Line(_ADAPTER + r"adapter_model\.safetensors", "weights of a PEFT adapter, which the guarantee covers"),
-    _Line(_ADAPTER + r"adapter_config\.json", "the kind of adapter and the name of its base model"),
+    _Line(r"adapter_model\.safetensors", "weights of a PEFT adapter, which the guarantee covers"),
+    _Line(r"adapter_config\.json", "the kind of adapter and the name of its base model"),
     _Line(r"(pre)?processor_config\.json", "how pictures are prepared; from the pretrained model, not from the data"),
     _Line(r"(LICENSE|NOTICE)(\.md|\.txt)?", "terms of use"),
     _Line(r"\.gitattributes", "written by the Hub itself"),
@@ -62,37 +53,30 @@ _STAYING = (
 )
 
 
+def released_files(folder: Path) -> list[str]:
+    """Return the files that may be uploaded, relative to `folder`, sorted."""
+    return [path for path in _files(folder) if _is_named(path, _ALLOWED)]
+
+
 def forbidden_files(folder: Path) -> list[str]:
     """Return the files that may not be in a released folder, relative to it, sorted; [] if there are none.
 
-    An output folder of a run that is going on always has some: its checkpoints, its log. They are not uploaded.
+    The output folder of a run always has some: its checkpoints, its log. They are not uploaded.
 
     Args:
         folder: of a released model, such as a clone or a download of a repository. What git and the Hub's client keep
             in `.git` and `.cache` is no part of it.
     """
-    return [path for path in _files(folder) if not any(line.names(path) for line in _ALLOWED)]
+    return [path for path in _files(folder) if not _is_named(path, _ALLOWED)]
 
 
-def released_copy(folder: Path, target: Path) -> list[str]:
-    """Copy those files of `folder` that may leave into `target`, an empty folder; return the others.
+def unexpected_files(folder: Path) -> list[str]:
+    """Return those forbidden files of an output folder that no `Trainer` left there: somebody's notes, for example."""
+    return [path for path in forbidden_files(folder) if not _is_named(path, _STAYING)]
 
-    What a Trainer always leaves behind is not among the files returned; what nobody expected is, and a warning names
-    it: a push at the end of a week must not fail because of somebody's notes, and must not take them along.
-    """
-    left_out = forbidden_files(folder)
-    for path in sorted(set(_files(folder)) - set(left_out)):
-        (target / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder / path, target / path)
-    unexpected = [path for path in left_out if not any(line.names(path) for line in _STAYING)]
-    if unexpected:
-        logger.warning(
-            "Not uploaded, because nothing says that they are free of private data: %s%s. If they are, upload them "
-            "yourself.",
-            ", ".join(unexpected[:10]),
-            f" and {len(unexpected) - 10} more" if len(unexpected) > 10 else "",
-        )
-    return unexpected
+
+def _is_named(path: str, lines: Sequence[_Line]) -> bool:
+    return any(re.fullmatch(line.pattern, path) for line in lines)
 
 
 def _files(folder: Path) -> list[str]:

@@ -9,11 +9,18 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, _is_peft_model, unwrap_peft_model
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    PredictionOutput,
+    TrainOutput,
+    _is_peft_model,
+    unwrap_peft_model,
+)
 
 from . import guards
 from .accounting import Bounds, Ledger
 from .checkpoints import load_strictly, refuse_partly_loaded_adapter
+from .data.examples import same_rows
 from .model_card import CardResult, write_model_card
 from .progress import last_evaluation, mark_private, strip_private
 from .run import PrivacyRun
@@ -70,6 +77,18 @@ class StatingTrainer(Trainer):
         chosen = self.eval_dataset if eval_dataset is None else eval_dataset
         guards.refuse_evaluation_on_training_data(chosen, self.train_dataset, self.args)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def predict(
+        self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """Predict as `Trainer` does; of the training set no callback hears, and the result stays in this process."""
+        if self.args.disable_dp or not same_rows(test_dataset, self.train_dataset):
+            return super().predict(test_dataset, ignore_keys, metric_key_prefix)
+        listening, self.callback_handler.callbacks = self.callback_handler.callbacks, []
+        try:
+            return super().predict(test_dataset, ignore_keys, metric_key_prefix)
+        finally:
+            self.callback_handler.callbacks = listening
 
     def _finalize_training(self, trial: Any, num_train_samples: float, start_time: float) -> TrainOutput:
         output = super()._finalize_training(trial, num_train_samples, start_time)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -23,6 +24,7 @@ from .data.examples import OneByOne
 from .data.labels import refuse_labels
 from .errors import ArgumentRefused
 from .guards_arguments import refuse_arguments
+from .guards_tracking import refuse_uploading_trackers
 from .losses import model_losses
 from .mechanism import Mechanism, Randomness, SystemRandomness
 from .models import load_model
@@ -173,6 +175,7 @@ class DPTrainer(PublishingTrainer):
         refuse_arguments(self.args)
         guards.refuse_accelerator(self.accelerator)
         guards.refuse_callbacks(self.callback_handler.callbacks, self.args)
+        refuse_uploading_trackers(self.callback_handler.callbacks, self.args, os.environ)
 
     def _check_clipping(self) -> None:
         """Look at one example's shape and, unless switched off, compare clipping with a loop on random examples."""

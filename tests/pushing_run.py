@@ -32,7 +32,10 @@ from hf_dpvision import DPTrainer, mechanism
 
 PATTERN = np.random.default_rng(7).integers(0, 256, 48, dtype=np.uint8)  # stands in every training picture
 PIXELS = (PATTERN / 255).astype(np.float32)
-LEAKS = ("rng_state.pth", "predictions.csv", "notes.txt", "gradients.safetensors", "runs/events.out.tfevents.1.x.0")
+LEAKS = (
+    "rng_state.pth", "predictions.csv", "notes.txt", "gradients.safetensors", "runs/events.out.tfevents.1.x.0",
+    "adapter_model.safetensors", "model-00001-of-00002.safetensors", "other/model.safetensors",
+)  # fmt: skip
 
 
 class Planted(Images):
@@ -85,8 +88,8 @@ class Probed(DPTrainer):
 
 def plant(folder: Path, token: str) -> None:
     """Put files that must not leave, and that no trainer wrote, into an output folder."""
-    (folder / "runs").mkdir(parents=True)
     for name in LEAKS:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(token.encode() + PATTERN.tobytes() + PIXELS.tobytes() + b'{"train_loss": 1.5}')
 
 
@@ -99,7 +102,7 @@ def run(folder: Path, model: nn.Module, size: int, told: dict[str, Any], **setti
         arguments(folder, push_to_hub=True, hub_model_id=f"tester/{folder.name}", **settings),
         train_dataset=Planted(size),
         eval_dataset=Images(12) if size == 16 else None,
-        processing_class=processor,
+        processing_class=processor if size == 16 else None,  # a timm model has its own in config.json
         callbacks=[States(states)],
     )
     trainer.losses = []
