@@ -14,8 +14,8 @@ from transformers.trainer_utils import SaveStrategy
 # What a Trainer logs by itself and what depends on who was sampled. `train_runtime` and the rates made from it do so,
 # too, a little: a step takes longer the more examples were drawn. Timing is not covered, and none of it is uploaded.
 PRIVATE_KEYS = ("loss", "train_loss", "total_flos", "num_input_tokens_seen", "train_tokens_per_second")
-MARK = "_metrics_are_private"
-_RUNTIME = "_runtime"  # Trainer adds it to the metrics of every evaluation, and of training
+MARK = "metrics_are_private"  # after the prefix: `eval_metrics_are_private` stands beside `eval_accuracy`
+_RUNTIME = "_runtime"  # Trainer adds it to the metrics of every evaluation
 _OF_THE_MACHINE = (_RUNTIME, "_samples_per_second", "_steps_per_second", "_model_preparation_time")
 
 
@@ -74,12 +74,6 @@ def strip_private(logs: dict[str, Any]) -> bool:
     for key in PRIVATE_KEYS:
         logs.pop(key, None)
     return of_training
-
-
-def mark_private(logs: dict[str, Any]) -> None:
-    """Mark, in place, the metrics of an evaluation: `eval_metrics_are_private` beside `eval_accuracy`."""
-    prefixes = [key.removesuffix(_RUNTIME) for key in logs if key.endswith(_RUNTIME)]
-    logs.update({prefix + MARK: True for prefix in prefixes if prefix != "train"})
 
 
 def last_evaluation(history: list[dict[str, Any]], step: int) -> dict[str, float]:

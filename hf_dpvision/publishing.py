@@ -101,11 +101,13 @@ class PublishingTrainer(StatingTrainer):
     def _upload(
         self, staging: TemporaryDirectory, message: str | None, token: str | None, revision: str | None
     ) -> Future[CommitInfo]:
-        """Lay the card and the ledger beside the model, and upload in the background."""
-        output, ledger = self.args.output_dir, f"{FOLDER}/{FILE}"
-        _copy(CARD_NAME, output, staging.name)
-        if json.loads(Path(staging.name, STATEMENT_FILE).read_text(encoding="utf-8"))["ledger"] is not None:
-            _copy(ledger, output, staging.name)
+        """Lay card, ledger and licence of `output_dir` beside the model, and upload in the background."""
+        output = self.args.output_dir
+        said = json.loads(Path(staging.name, STATEMENT_FILE).read_text(encoding="utf-8"))
+        ledger = [] if said["ledger"] is None else [f"{FOLDER}/{FILE}"]
+        terms = [path.name for pattern in ("LICENSE*", "NOTICE*") for path in Path(output).glob(pattern)]
+        for name in (CARD_NAME, *ledger, *terms):
+            _copy(name, output, staging.name)
         return hf_api().run_as_future(_commit, staging, self.hub_model_id, message or "Upload", token, revision)
 
     def _name_what_stays(self) -> None:

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
+    EvalLoopOutput,
     PredictionOutput,
     TrainOutput,
     _is_peft_model,
@@ -22,7 +24,7 @@ from .accounting import Bounds, Ledger
 from .checkpoints import load_strictly, refuse_partly_loaded_adapter
 from .data.examples import same_rows
 from .model_card import CardResult, write_model_card
-from .progress import last_evaluation, mark_private, strip_private
+from .progress import MARK, last_evaluation, strip_private
 from .run import PrivacyRun
 from .statement import RunRecord, make_statement, public_settings, write_statement
 from .training_args import DPTrainingArguments
@@ -57,11 +59,9 @@ class StatingTrainer(Trainer):
         """Log without anything that depends on the sampled examples; training logs get epsilon instead.
 
         What is logged reaches the callbacks, and with them TensorBoard, wandb and the like. Metrics of an evaluation
-        are logged as in `Trainer`, but those on private data get a mark, `eval_metrics_are_private`.
+        are logged as in `Trainer`; those on private data carry a mark, `eval_metrics_are_private`.
         """
         private = self._run.plan is not None and not self._run.without_privacy
-        if self.args.eval_data != "public":
-            mark_private(logs)
         if strip_private(logs) and private and self.is_world_process_zero():
             logs["epsilon"] = self._run.epsilon_to_show(self.args.accountant)
         super().log(logs, start_time)
@@ -89,6 +89,20 @@ class StatingTrainer(Trainer):
             return super().predict(test_dataset, ignore_keys, metric_key_prefix)
         finally:
             self.callback_handler.callbacks = listening
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Evaluate as `Trainer` does, and mark metrics that not everyone may know, wherever they go from here."""
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if self.args.eval_data != "public":
+            output.metrics[f"{metric_key_prefix}_{MARK}"] = True
+        return output
 
     def _finalize_training(self, trial: Any, num_train_samples: float, start_time: float) -> TrainOutput:
         output = super()._finalize_training(trial, num_train_samples, start_time)

@@ -135,6 +135,7 @@ def push(folder: Path, token: str) -> dict[str, Any]:
     evaluated = {"eval_strategy": "steps", "eval_steps": 2}
     run(folder / "every", tiny_vit(), 16, told, save_strategy="steps", save_steps=2, eval_data="public", **evaluated)
     plant(folder / "end", token)
+    (folder / "end" / "LICENSE").write_text("Apache-2.0")
     trainer = run(folder / "end", tiny_vit(), 16, told, hub_strategy="end", hub_token=token, save_strategy="epoch")
     trainer.save_metrics("eval", trainer.evaluate())
     trainer.save_state()

@@ -153,7 +153,8 @@ def test_what_looks_for_secrets_finds_them_where_they_are(pushed):
 
 
 def test_exactly_the_files_that_are_needed_are_uploaded(pushed):
-    wanted = {"every": MODEL, "end": MODEL, "timm": MODEL - {"preprocessor_config.json"}, "peft": ADAPTER}
+    timm = MODEL - {"preprocessor_config.json"}
+    wanted = {"every": MODEL, "end": MODEL | {"LICENSE"}, "timm": timm, "peft": ADAPTER}
     assert {name: set(pushed.hub.files(f"tester/{name}")) for name in wanted} == wanted
     left = {path.name for path in (pushed.folder / "end").iterdir()}
     assert {"predictions.csv", "rng_state.pth", "training_args.bin", "trainer_state.json", "eval_results.json"} <= left

@@ -105,7 +105,7 @@ def test_callbacks_hear_nothing_of_the_training_data(tmp_path):
     allowed = {
         "epsilon", "epoch", "learning_rate", "grad_norm", "train_runtime", "train_samples_per_second",
         "train_steps_per_second", "test_loss", "test_runtime", "test_samples_per_second", "test_steps_per_second",
-        "test_model_preparation_time",
+        "test_model_preparation_time", "test_metrics_are_private",
     }  # fmt: skip
     assert heard == 5 and {name for logs in listener.heard for name in logs} <= allowed
 
@@ -114,8 +114,9 @@ def test_private_metrics_are_marked_wherever_they_are_heard(tmp_path):
     for data, marked in (("private", True), ("public", False)):
         listener = Listener()
         run = trainer(tmp_path / data, Linear(), callbacks=[listener], eval_data=data)
-        heard = [run.evaluate({"a": Images(8), "b": Images(9)}), *listener.heard, *run.state.log_history]
-        assert len(heard) == 7
+        heard = [run.evaluate({"a": Images(8), "b": Images(9)}), run.predict(Images(8)).metrics]
+        heard += [*listener.heard, *run.state.log_history]
+        assert len(heard) == 2 + 5 + 2
         for metrics in heard:
             names = {name.removesuffix("_loss") for name in metrics if name.endswith("_loss")}
             assert names and all((f"{name}_metrics_are_private" in metrics) is marked for name in names)
