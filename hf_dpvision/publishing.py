@@ -16,7 +16,7 @@ from transformers.utils.hub import PushInProgress, hf_api
 
 from .accounting.journal import FILE, FOLDER
 from .model_card import CARD_NAME
-from .release import released_files, unexpected_files
+from .release import is_terms_of_use, released_files, unexpected_files
 from .statement import STATEMENT_FILE
 from .stating import StatingTrainer
 
@@ -105,7 +105,7 @@ class PublishingTrainer(StatingTrainer):
         output = self.args.output_dir
         said = json.loads(Path(staging.name, STATEMENT_FILE).read_text(encoding="utf-8"))
         ledger = [] if said["ledger"] is None else [f"{FOLDER}/{FILE}"]
-        terms = [path.name for pattern in ("LICENSE*", "NOTICE*") for path in Path(output).glob(pattern)]
+        terms = [path.name for path in Path(output).glob("[LN]*") if path.is_file() and is_terms_of_use(path.name)]
         for name in (CARD_NAME, *ledger, *terms):
             _copy(name, output, staging.name)
         return hf_api().run_as_future(_commit, staging, self.hub_model_id, message or "Upload", token, revision)

@@ -29,6 +29,8 @@ class _Line:
     why: str
 
 
+_TERMS = _Line(r"(LICENSE|NOTICE)(\.md|\.txt)?", "terms of use, the only files that the user may add")
+
 _ALLOWED = (
     _Line(r"README\.md", "the card, written from privacy.json"),
     _Line(r"privacy\.json", "the statement; nothing in it depends on who was sampled"),
@@ -39,7 +41,7 @@ _ALLOWED = (
     _Line(r"adapter_model\.safetensors", "weights of a PEFT adapter, which the guarantee covers"),
     _Line(r"adapter_config\.json", "the kind of adapter and the name of its base model"),
     _Line(r"(pre)?processor_config\.json", "how pictures are prepared; from the pretrained model, not from the data"),
-    _Line(r"(LICENSE|NOTICE)(\.md|\.txt)?", "terms of use"),
+    _TERMS,
     _Line(r"\.gitattributes", "written by the Hub itself"),
 )
 
@@ -73,6 +75,11 @@ def forbidden_files(folder: Path) -> list[str]:
 def unexpected_files(folder: Path) -> list[str]:
     """Return those forbidden files of an output folder that no `Trainer` left there: somebody's notes, for example."""
     return [path for path in forbidden_files(folder) if not _is_named(path, _STAYING)]
+
+
+def is_terms_of_use(path: str) -> bool:
+    """Whether a released file is the user's own: a licence, say, put into the output folder."""
+    return _is_named(path, [_TERMS])
 
 
 def _is_named(path: str, lines: Sequence[_Line]) -> bool:

@@ -54,6 +54,7 @@ def pushed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pushed]:
                 "HF_TOKEN": TOKEN,
                 "HF_HOME": str(folder / f"{what}-home"),
                 "HF_HUB_DISABLE_XET": "1",
+                "NO_PROXY": "127.0.0.1",
                 "HF_HUB_DISABLE_TELEMETRY": "1",
                 "OMP_NUM_THREADS": "1",
                 "LOGNAME": USER,
@@ -150,6 +151,14 @@ def test_what_looks_for_secrets_finds_them_where_they_are(pushed):
     local = b"".join(part for file in (pushed.folder / "every").rglob("*.pth") for part in opened(file.read_bytes()))
     assert "state" in kinds_found(local, wanted)
     assert b"planted" in next(part for part in opened(pickle.dumps("planted")))
+
+
+@pytest.mark.parametrize("name", ["timm", "peft"])
+def test_no_file_at_all_holds_more_than_states_and_paths(pushed, name):
+    files = [path for path in (pushed.folder / name).rglob("*") if path.is_file()]
+    content = b"".join(part for path in files for part in opened(path.read_bytes()))
+    assert len(files) > 8
+    assert kinds_found(content, secrets(pushed)) == {"state", "machine"}  # in rng_state.pth and training_args.bin
 
 
 def test_exactly_the_files_that_are_needed_are_uploaded(pushed):
