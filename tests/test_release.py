@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 from trainer_cases import Images, Linear, trainer
 from transformers import TrainerCallback
 from transformers.integrations import ClearMLCallback, DagsHubCallback, MLflowCallback, WandbCallback
+from transformers.utils.hub import PushInProgress
 
 from hf_dpvision.errors import ArgumentRefused
 from hf_dpvision.guards_tracking import refuse_uploading_trackers
@@ -67,6 +70,23 @@ def test_a_push_that_fails_in_the_background_is_told_and_training_goes_on(tmp_pa
         run.train()
     assert run.state.global_step == 4 and "An upload to the Hub failed" in caplog.text
     assert not list(tmp_path.glob("_push-*"))
+
+
+def test_while_a_push_is_going_on_others_fall_out_but_not_that_of_the_last_step(tmp_path, monkeypatch):
+    run, slow, pushed = ready_to_push(tmp_path, max_steps=6), Future(), []
+    run.push_in_progress = PushInProgress([slow])
+
+    def uploaded(staging, *_):
+        pushed.append(json.loads((Path(staging.name) / "privacy.json").read_text())["steps"])
+        staging.cleanup()
+        done = Future()
+        done.set_result(None)
+        return done
+
+    monkeypatch.setattr(run, "_finish_current_push", lambda: slow.done() or slow.set_result(None))
+    monkeypatch.setattr(run, "_upload", uploaded)
+    run.train()
+    assert pushed == [6]
 
 
 def test_a_push_that_was_asked_for_and_fails_raises(tmp_path, caplog):
