@@ -215,10 +215,18 @@ _TABLE = (
         only_private=True,
     ),
     _Row(
+        "skip_memory_metrics",
+        lambda args: not args.skip_memory_metrics,
+        "memory in use depends on how many examples were drawn, and it would be logged",
+        "Leave it on; measure memory with disable_dp=True.",
+        only_private=True,
+    ),
+    _Row(
         "hub_strategy",
         lambda args: args.push_to_hub and args.hub_strategy in {HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS},
-        "it uploads whole checkpoints, with random number generator states and the trainer's log, unchecked",
-        'Use hub_strategy="end" or "every_save".',
+        "what a checkpoint needs to be resumed may not leave: random number generator states, the trainer's log with "
+        "its metrics, pickles",
+        'Use hub_strategy="every_save", which uploads the weights of every checkpoint with their statement, or "end".',
     ),
 )
 

@@ -7,15 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, _is_peft_model, unwrap_peft_model
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    EvalLoopOutput,
+    PredictionOutput,
+    TrainOutput,
+    _is_peft_model,
+    unwrap_peft_model,
+)
 
 from . import guards, sharding
 from .accounting import Bounds, Ledger
 from .checkpoints import load_strictly, refuse_partly_loaded_adapter
-from .model_card import write_model_card
-from .progress import strip_private
+from .data.examples import same_rows
+from .model_card import CardResult, write_model_card
+from .progress import MARK, last_evaluation, strip_private
 from .run import PrivacyRun
 from .statement import RunRecord, make_statement, public_settings, write_statement
 from .training_args import DPTrainingArguments
@@ -47,7 +56,11 @@ class StatingTrainer(Trainer):
         return self._run.record(self.args, ledger, None if self._config is None else _public_name(self._config))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log without anything that depends on the sampled examples; training logs get epsilon instead."""
+        """Log without anything that depends on the sampled examples; training logs get epsilon instead.
+
+        What is logged reaches the callbacks, and with them TensorBoard, wandb and the like. Metrics of an evaluation
+        are logged as in `Trainer`; those on private data carry a mark, `eval_metrics_are_private`.
+        """
         private = self._run.plan is not None and not self._run.without_privacy
         if strip_private(logs) and private and self.is_world_process_zero():
             logs["epsilon"] = self._run.epsilon_to_show(self.args.accountant)
@@ -64,6 +77,32 @@ class StatingTrainer(Trainer):
         chosen = self.eval_dataset if eval_dataset is None else eval_dataset
         guards.refuse_evaluation_on_training_data(chosen, self.train_dataset, self.args)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def predict(
+        self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """Predict as `Trainer` does; of the training set no callback hears, and the result stays in this process."""
+        if self.args.disable_dp or not same_rows(test_dataset, self.train_dataset):
+            return super().predict(test_dataset, ignore_keys, metric_key_prefix)
+        listening, self.callback_handler.callbacks = self.callback_handler.callbacks, []
+        try:
+            return super().predict(test_dataset, ignore_keys, metric_key_prefix)
+        finally:
+            self.callback_handler.callbacks = listening
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Evaluate as `Trainer` does, and mark metrics that not everyone may know, wherever they go from here."""
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if self.args.eval_data != "public":
+            output.metrics[f"{metric_key_prefix}_{MARK}"] = True
+        return output
 
     def _finalize_training(self, trial: Any, num_train_samples: float, start_time: float) -> TrainOutput:
         output = super()._finalize_training(trial, num_train_samples, start_time)
@@ -83,10 +122,6 @@ class StatingTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.args.push_to_hub and self.args.should_save:
-            # hub_strategy="every_save" uploads the output folder: statement and card must be there with the weights
-            write_statement(self.args.output_dir, self.privacy_statement())
-            self.create_model_card()
         if self.args.should_save:
             # written last, it says that a checkpoint is whole; one of the same name may be there from before a resume
             folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -111,16 +146,31 @@ class StatingTrainer(Trainer):
         """
         if self.is_world_process_zero():
             datasets = dataset_tags or dataset or ()
+            datasets = [datasets] if isinstance(datasets, str) else list(datasets)
             write_model_card(
                 self.args.output_dir,
                 self.privacy_statement(),
-                model_name=model_name or Path(self.args.output_dir).name,
+                model_name=model_name or self.hub_model_id or Path(self.args.output_dir).name,
                 base_model=finetuned_from,
-                datasets=[datasets] if isinstance(datasets, str) else list(datasets),
+                datasets=datasets,
                 license=license,
+                results=self._results(datasets),
                 library_name="peft" if _is_peft_model(self.model) else "transformers",
                 training=public_settings(self.args),
             )
+
+    def _results(self, datasets: list[str]) -> list[CardResult]:
+        """Return what was measured of the weights as they are now, if everyone may know it."""
+        if self.args.eval_data != "public":
+            return []
+        best = self.args.load_best_model_at_end and self.state.best_global_step and not self.is_in_train
+        step = self.state.best_global_step if best else self.state.global_step
+        measured = last_evaluation(self.state.log_history, step)
+        dataset = datasets[0] if len(datasets) == 1 else "evaluation data"
+        return [
+            CardResult("this model", name, value, dataset, "evaluation", released=True)
+            for name, value in measured.items()
+        ]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if _is_peft_model(self.model):

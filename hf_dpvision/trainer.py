@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ from .checkpoints import find_resume_point
 from .data.labels import refuse_labels
 from .errors import ArgumentRefused
 from .guards_arguments import refuse_arguments
+from .guards_tracking import refuse_uploading_trackers
 from .layouts import Layout, Replicated, Sharded
 from .loader import example_loader
 from .losses import model_losses
@@ -29,11 +31,11 @@ from .mechanism import Mechanism, Randomness, SystemRandomness
 from .models import load_model
 from .probe import describe_example, explained_failure, random_examples
 from .progress import ClaimAtStart, PrivacyProgress, StopWhenSpent
+from .publishing import PublishingTrainer
 from .run import PrivacyRun
 from .sampling import LogicalBatch, LogicalBatchIndices, LogicalBatchLoader, MicrobatchStream, PoissonSampler
 from .self_check import self_check
 from .sharding import is_sharded
-from .stating import StatingTrainer
 from .training_args import DPTrainingArguments
 
 
@@ -42,7 +44,7 @@ logger = logging.getLogger(__name__)
 _CHECKED_EXAMPLES = 3
 
 
-class DPTrainer(StatingTrainer):
+class DPTrainer(PublishingTrainer):
     """Fine-tune an image classifier with differential privacy.
 
     Guarantee: the weights, optimizer state and logs after every step are together `(epsilon, delta)`-differentially
@@ -183,6 +185,7 @@ class DPTrainer(StatingTrainer):
         refuse_arguments(self.args)
         guards.refuse_accelerator(self.accelerator)
         guards.refuse_callbacks(self.callback_handler.callbacks, self.args)
+        refuse_uploading_trackers(self.callback_handler.callbacks, self.args, os.environ)
 
     def _check_clipping(self) -> None:
         """Look at one example's shape and, unless switched off, compare clipping with a loop on random examples."""

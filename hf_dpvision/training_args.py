@@ -32,6 +32,9 @@ class DPTrainingArguments(TrainingArguments):
     is `per_sample_max_grad_norm`), `remove_unused_columns` False (images are transformed on the fly), `label_names`
     `["labels"]`, `logging_steps` 10, `save_total_limit` 2, `average_tokens_across_devices` False.
 
+    `push_to_hub=True` uploads the weights, what is needed to use them, the card, `privacy.json` and the ledger; see
+    `release.py`. With `hub_strategy="every_save"`, the default, that happens at every checkpoint.
+
     Raises:
         ArgumentRefused: A privacy argument is missing, contradicts another one, or is out of range.
     """
@@ -93,7 +96,8 @@ class DPTrainingArguments(TrainingArguments):
         default="private",
         metadata={
             "help": "Whether the evaluation data may be seen by everyone. Only then may training react to metrics "
-            "(best checkpoint, early stopping, plateau schedules): the guarantee does not cover them.",
+            "(best checkpoint, early stopping, plateau schedules), and only then do they stand on the card: the "
+            "guarantee does not cover them. Otherwise they are logged with the mark eval_metrics_are_private.",
             "choices": list(EVAL_DATA),
         },
     )
@@ -169,7 +173,7 @@ class DPTrainingArguments(TrainingArguments):
         return CLIPPING_STYLES[self.clipping](max_norm=self.per_sample_max_grad_norm)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the token out of `training_args.bin`, which is uploaded with the model."""
+        """Leave the token out of `training_args.bin`: the file is not uploaded, but lies in every checkpoint."""
         return {**self.__dict__, "hub_token": None}
 
     def _check_choices(self) -> None:

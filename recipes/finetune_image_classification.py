@@ -71,7 +71,7 @@ PATHS = (
 )  # fmt: skip
 SECRET = {"token", "hub_token"}
 NOT_METRICS = {"epoch", "eval_loss", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
-NOT_METRICS |= {"eval_model_preparation_time"}
+NOT_METRICS |= {"eval_model_preparation_time", "eval_metrics_are_private"}
 AUGMENTATIONS = {
     "none": Augmentation(),
     "flip": Augmentation(flip=True),
@@ -397,7 +397,9 @@ def report(record: RecipeRecord, trainer: DPTrainer, parsed: ParsedArguments, da
 def card_results(
     record: RecipeRecord, data_args: DataTrainingArguments, training_args: DPTrainingArguments
 ) -> list[CardResult]:
-    """Return all measured values in the form the card wants them."""
+    """Return all measured values in the form the card wants them; none if not everyone may see the held-out part."""
+    if training_args.eval_data != "public":
+        return []
     released = "non_private" if training_args.disable_dp else "private"
     words = {"before": "before fine-tuning", "non_private": "same fine-tuning without privacy", released: "this model"}
     return [

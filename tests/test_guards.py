@@ -52,6 +52,7 @@ BEST = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "sa
         ({"metric_for_best_model": "accuracy"}, "metric_for_best_model public"),
         ({"debug": "underflow_overflow"}, "debug activations"),
         ({"push_to_hub": True, "hub_strategy": "all_checkpoints"}, "hub_strategy every_save"),
+        ({"skip_memory_metrics": False}, "skip_memory_metrics drawn disable_dp"),
     ],
 )
 def test_an_incompatible_argument_is_refused_with_a_remedy(tmp_path, changes, words):

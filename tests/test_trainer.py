@@ -21,6 +21,7 @@ from hf_dpvision.clipping import Flat
 from hf_dpvision.errors import ArgumentRefused, BudgetExceeded, ModelRefused
 from hf_dpvision.mechanism import FixedRandomness
 from hf_dpvision.noise import NoiseSource
+from hf_dpvision.publishing import PublishingTrainer
 from hf_dpvision.sampling import LogicalBatch, PoissonSampler
 from hf_dpvision.stating import StatingTrainer
 
@@ -471,7 +472,7 @@ def test_gradients_are_written_for_an_empty_batch_too(tmp_path):
 
 
 def test_overridden_methods_still_exist_upstream():
-    own = {**vars(StatingTrainer), **vars(DPTrainer)}
+    own = {**vars(StatingTrainer), **vars(PublishingTrainer), **vars(DPTrainer)}
     for name, method in own.items():
         overridden = getattr(Trainer, name, None)
         if not callable(method) or overridden is None or name in ("__init__", "hyperparameter_search"):
@@ -482,6 +483,7 @@ def test_overridden_methods_still_exist_upstream():
         "get_train_dataloader", "get_batch_samples", "training_step", "compute_loss", "_wrap_model", "_save",
         "_prepare_for_training", "_load_from_checkpoint", "_load_best_model", "_save_checkpoint", "_clip_grad_norm",
         "floating_point_ops", "get_total_train_batch_size", "log", "_finalize_training", "create_model_card", "train",
+        "push_to_hub", "_push_from_checkpoint", "predict", "evaluate",
     }  # fmt: skip
     assert required <= set(own) & set(vars(Trainer))
 
