@@ -7,18 +7,22 @@ private images would depend on them and would have to be paid for.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .clipping import Flat
-from .dpsgd import Batch, PerExampleLoss, batch_size, clipped_gradient
+from .dpsgd import Batch, PerExampleLoss, add_clipped_gradient_to_shards, batch_size, clipped_gradient
 from .errors import MixingRefused, ModelRefused
 from .rules.cost import NormRule
+from .sharding import gathered_gradients
 
 
 _DROPOUTS = {
@@ -31,6 +35,12 @@ _CONSTANTS = {
     **dict.fromkeys([torch.randn, torch.randn_like, Tensor.normal_, Tensor.random_], 0),
     **dict.fromkeys([torch.randint, torch.randint_like], 0),
 }
+
+
+_LARGER = (
+    "Parameters are probably used while their block does not run: name larger blocks in "
+    "fsdp_config['transformer_layer_cls_to_wrap'], or leave fsdp off."
+)
 
 
 class _Deterministic(TorchFunctionMode):
@@ -110,6 +120,51 @@ def self_check(
     if not error <= tolerance:
         _refuse(model, ours.gradients, total, error, tolerance)
     return error
+
+
+@contextmanager
+def checked_sharding(
+    model: nn.Module,
+    per_example_loss: PerExampleLoss,
+    batch: Batch,
+    *,
+    device: torch.device,
+    norm_rule: NormRule | str = NormRule.AUTO,
+    tolerance: float = 1e-3,
+) -> Iterator[None]:
+    """Shard the model inside this block: on leaving it, clipped gradients must be what they were before.
+
+    Args:
+        model: whole at first, sharded at the end, with its parameters as they were. Every process takes part.
+        per_example_loss, norm_rule, tolerance: as for `self_check`.
+        batch: random examples, the same on every process, where the whole model is.
+        device: where the shards are.
+
+    Raises:
+        ModelRefused: the two disagree, for example because a block's parameters are used while it does not run.
+    """
+    style = Flat(1.0)
+    with _Deterministic():
+        whole = clipped_gradient(model, per_example_loss, batch, clipping=style, norm_rule=norm_rule).gradients
+    yield
+    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    try:
+        with _Deterministic():
+            add_clipped_gradient_to_shards(model, per_example_loss, moved, clipping=style, norm_rule=norm_rule)
+    except RuntimeError as error:
+        raise ModelRefused(f"{type(model).__name__} cannot be spread over processes: {error} {_LARGER}") from error
+    total = gathered_gradients(model)
+    model.zero_grad()
+    processes = dist.get_world_size()  # each of which has added the same
+    errors = {name: (total[name] / processes - grad).double().norm() for name, grad in whole.items()}
+    scale = sum(grad.double().square().sum() for grad in whole.values()).sqrt().clamp(min=1e-30)
+    error = float(sum(e.square() for e in errors.values()).sqrt() / scale)
+    if not error <= tolerance:
+        worst = sorted(errors, key=lambda name: float(errors[name]), reverse=True)[:4]
+        raise ModelRefused(
+            f"{type(model).__name__}: spread over {processes} processes its clipped gradients differ by {error:.1e} "
+            f"from before (at most {tolerance:.0e} is allowed), most of all for {worst}. {_LARGER}"
+        )
 
 
 def _refuse(

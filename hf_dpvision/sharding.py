@@ -128,6 +128,15 @@ def local_gradients(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]
     }
 
 
+def gathered_gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Every trainable parameter's whole gradient on the CPU, zeros where there is none; every process has to ask."""
+    return {
+        name: (torch.zeros_like(parameter) if parameter.grad is None else parameter.grad).full_tensor().cpu()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
 def as_shard(local: Tensor, like: DTensor) -> DTensor:
     """`local`, this process's part, as a sharded tensor of the global shape of `like`."""
     return DTensor.from_local(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import os
@@ -29,19 +28,16 @@ from .loader import example_loader
 from .losses import model_losses
 from .mechanism import Mechanism, Randomness, SystemRandomness
 from .models import load_model
-from .probe import describe_example, explained_failure, random_examples
 from .progress import ClaimAtStart, PrivacyProgress, StopWhenSpent
 from .publishing import PublishingTrainer
+from .rehearsal import Rehearsal
 from .run import PrivacyRun
 from .sampling import LogicalBatch, LogicalBatchIndices, LogicalBatchLoader, MicrobatchStream, PoissonSampler
-from .self_check import self_check
 from .sharding import is_sharded
 from .training_args import DPTrainingArguments
 
 
 logger = logging.getLogger(__name__)
-
-_CHECKED_EXAMPLES = 3
 
 
 class DPTrainer(PublishingTrainer):
@@ -112,13 +108,14 @@ class DPTrainer(PublishingTrainer):
         self.add_callback(StopWhenSpent(self._run.spent))
         self._mechanism: Mechanism | None = None
         self._stream: MicrobatchStream | None = None
+        self._rehearsal = Rehearsal(args, self.per_sample_loss)
         self._layout = self._make_layout()
 
     def _make_layout(self) -> Layout:
         args, options = self.args, self.args.build_sharding()
         if options is None:
             return Replicated(args.per_device_train_batch_size, args.device)
-        return Sharded(options, args.device, lambda: self._random_examples(1, args.device))
+        return Sharded(options, args.device, lambda: self._rehearsal.examples(1, args.device))
 
     # The run
 
@@ -157,7 +154,10 @@ class DPTrainer(PublishingTrainer):
         if self._config is not None and self._config.problem_type in (None, "single_label_classification"):
             refuse_labels(self.train_dataset, self._config.num_labels)
         processes.refuse_disagreement(agreement.digests(self.args, self.model, dataset_size))
-        self._check_clipping()
+        if self.args.activation_checkpointing:
+            checkpoint_activations(self.model, self.args.activation_checkpointing_kwargs)
+        self._rehearsal.look_at(self.train_dataset, self._collator())
+        self._rehearsal.check(self.model)
         point = find_resume_point(resume_from_checkpoint, self.args.output_dir) if resume_from_checkpoint else None
         folder = None if point is None or point.folder is None else str(point.folder)
         with self._run.started(self.args, dataset_size, self.model, point) as self._mechanism:
@@ -187,27 +187,6 @@ class DPTrainer(PublishingTrainer):
         guards.refuse_callbacks(self.callback_handler.callbacks, self.args)
         refuse_uploading_trackers(self.callback_handler.callbacks, self.args, os.environ)
 
-    def _check_clipping(self) -> None:
-        """Look at one example's shape and, unless switched off, compare clipping with a loop on random examples."""
-        args = self.args
-        if args.activation_checkpointing:
-            checkpoint_activations(self.model, args.activation_checkpointing_kwargs)
-        self._description = describe_example(self.train_dataset, self._collator(), args.label_names[0])
-        if args.self_check and not args.disable_dp and not is_sharded(self.model):  # it was checked, and then sharded
-            self.model.train()
-            examples = self._random_examples(_CHECKED_EXAMPLES, next(self.model.parameters()).device)
-            with explained_failure(examples):
-                self_check(
-                    _in_full_precision(self.model),
-                    self.per_sample_loss,
-                    examples,
-                    norm_rule=args.norm_rule,
-                    backward_passes=args.backward_passes,
-                )
-
-    def _random_examples(self, count: int, device: torch.device) -> dict[str, Tensor]:
-        return random_examples(self._description, count, self.args.label_names[0], device)
-
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: DataLoader | None = None) -> nn.Module:
         """Place the model and switch autocast on, but never wrap it: gradients cross processes in `training_step`."""
         if not training:
@@ -220,7 +199,8 @@ class DPTrainer(PublishingTrainer):
                 f"Trainer would run {max_steps} steps and {self._run.plan.steps} were planned and accounted for. "
                 "Leave get_train_dataloader and set_initial_training_values as they are."
             )
-        self._layout.place(self.model)  # before the optimizer is made for its parameters
+        with self._rehearsal.placing(self.model):
+            self._layout.place(self.model)  # before the optimizer is made for its parameters
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     # The data
@@ -307,15 +287,6 @@ class DPTrainer(PublishingTrainer):
     def floating_point_ops(self, inputs: LogicalBatch) -> int:
         """Return 0: a count would tell how many examples were drawn."""
         return 0
-
-
-def _in_full_precision(model: nn.Module) -> nn.Module:
-    """Return the model, or a copy without the autocast that accelerate has put around its forward."""
-    if "_original_forward" not in vars(model):
-        return model
-    model = copy.deepcopy(model)
-    model.forward = model._original_forward
-    return model
 
 
 def _ready(model: nn.Module, args: DPTrainingArguments) -> nn.Module:

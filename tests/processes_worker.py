@@ -31,7 +31,7 @@ from transformers import (  # noqa: E402
 from hf_dpvision import agreement  # noqa: E402
 from hf_dpvision.accounting.journal import FILE, FOLDER  # noqa: E402
 from hf_dpvision.batchnorm import replace_batchnorm, to_group_norm  # noqa: E402
-from hf_dpvision.errors import ArgumentRefused  # noqa: E402
+from hf_dpvision.errors import ArgumentRefused, ModelRefused  # noqa: E402
 from hf_dpvision.mechanism import FixedRandomness, SystemRandomness  # noqa: E402
 
 
@@ -192,6 +192,33 @@ def job_sharded(folder: Path) -> None:
         report(own, epsilon=run.epsilon().upper, held=held, loss=loss)
         if RANK == 0:
             torch.save(found, own / "weights.pt")
+
+
+class Sneaky(nn.Module):
+    """Uses the weight of a block after the block has run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(48, 48), nn.GELU()) for _ in range(2))
+        self.head = nn.Linear(48, CLASSES)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.avg_pool2d(pixel_values, 4).flatten(1)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(nn.functional.linear(x, self.blocks[0][0].weight))
+
+
+def job_sharded_sneaky(folder: Path) -> None:
+    """A model that works as a whole, but not in these shards."""
+    run = trainer(folder / "sneaky", Sneaky(), fsdp=True, self_check=True)
+    try:
+        run.train()
+        found = "it trained"
+    except ModelRefused as refusal:
+        found = str(refusal)
+    report(folder / "sneaky", refusal=found, epsilon=run.epsilon().upper)
 
 
 def job_sharded_noise(folder: Path) -> None:

@@ -34,7 +34,7 @@ def test_the_self_check_runs_the_blocks_again(tmp_path, monkeypatch):
     def notes_the_model(model, *args, **kwargs):
         checked.append(model.is_activation_checkpointing)
 
-    monkeypatch.setattr("hf_dpvision.trainer.self_check", notes_the_model)
+    monkeypatch.setattr("hf_dpvision.rehearsal.self_check", notes_the_model)
     trainer(tmp_path, tiny_vit(), self_check=True, activation_checkpointing=True).train()
     assert checked == [True]
 

@@ -6,16 +6,11 @@ The processes are started by torchrun and by accelerate, on one machine, with th
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from filelock import FileLock
+from launching import ACCELERATE, TORCHRUN, Launched, launch, launched_once
 from processes_worker import MODELS, PLAIN_GRADIENTS, SHARDED_RUN, as_after_step, noise_run, run_of
 from scipy import stats
 from trainer_cases import Images, tiny_vit, trainer, weights
@@ -29,77 +24,23 @@ pytestmark = pytest.mark.skipif(
     reason="this torch has no gloo backend, without which two processes cannot talk on a CPU",
 )
 
-TESTS = Path(__file__).parent
-PATIENCE = 300  # seconds; only guards against a hang
-
-
-def free_port() -> str:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return str(listener.getsockname()[1])
-
-
-def launch(*command: str) -> subprocess.CompletedProcess[str]:
-    """Run a command with what the workers need in its environment, and wait for it."""
-    paths = [str(TESTS), str(TESTS.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
-    environment |= {
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path), "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(),
-    }  # fmt: skip
-    return subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, env=environment, timeout=PATIENCE, check=False
-    )
-
-
-WORKER = str(TESTS / "processes_worker.py")
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--redirects", "3", "--log_dir", "{folder}/logs",
-            "--master_addr", "127.0.0.1", "--master_port")  # fmt: skip
-ACCELERATE = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Launched:
-    """What a launch left behind: a folder with the workers' reports, its exit code and what it printed last."""
-
-    folder: Path
-    code: int
-    stderr: str
-
-
-def launched_once(factory: pytest.TempPathFactory, name: str, launcher: tuple[str, ...], *jobs: str) -> Launched:
-    """Launch the workers for these jobs, once per test run; `{folder}` in the launcher's options is their folder.
-
-    With pytest-xdist several test processes ask for it; the first one launches, the others wait.
-    """
-    base = factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"launched-by-{name}"
-    result = folder / "launched.json"
-    with FileLock(f"{folder}.lock"):
-        if not result.exists():
-            folder.mkdir()
-            plain_runs(folder / "plain")
-            options = [option.format(folder=folder) for option in launcher]
-            ended = launch(*options, free_port(), WORKER, *jobs, str(folder))
-            result.write_text(json.dumps({"code": ended.returncode, "stderr": ended.stderr}))
-    return Launched(folder, **json.loads(result.read_text()))
+WORKER = Path(__file__).parent / "processes_worker.py"
 
 
 def plain_runs(folder: Path) -> None:
     """The runs of `job_sharded` in one process, with a checkpoint after ten of their twenty steps."""
     for name, build in MODELS.items():
-        run = trainer(folder / name, build(), **SHARDED_RUN)
+        run = trainer(folder / "plain" / name, build(), **SHARDED_RUN)
         run.train()
-        torch.save(weights(run.model), folder / name / "weights.pt")
+        torch.save(weights(run.model), folder / "plain" / name / "weights.pt")
 
 
 @pytest.fixture(scope="module")
 def torchrun(tmp_path_factory) -> Path:
     """The folder in which two processes of torchrun did all jobs but the deadly one; logs/ has their output."""
-    jobs = ("equality", "rare", "noise", "disagreement", "sharded", "sharded_noise", "sharded_without_privacy")
-    launched = launched_once(tmp_path_factory, "torchrun", TORCHRUN, *jobs)
+    jobs = ("equality", "rare", "noise", "disagreement", "sharded", "sharded_noise", "sharded_without_privacy",
+            "sharded_sneaky")  # fmt: skip
+    launched = launched_once(tmp_path_factory, "torchrun", TORCHRUN, WORKER, *jobs, prepare=plain_runs)
     assert launched.code == 0, launched.stderr[-3000:]
     return launched.folder
 
@@ -107,7 +48,9 @@ def torchrun(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def accelerated(tmp_path_factory) -> Launched:
     """What two processes of `accelerate launch` left behind, one of which died in their last job."""
-    return launched_once(tmp_path_factory, "accelerate", ACCELERATE, "equality", "sharded", "die")
+    return launched_once(
+        tmp_path_factory, "accelerate", ACCELERATE, WORKER, "equality", "sharded", "die", prepare=plain_runs
+    )
 
 
 @pytest.fixture(scope="module")
@@ -266,6 +209,12 @@ def test_every_shard_gets_noise_of_its_own_of_the_right_size(torchrun):
     assert abs(correlation) < 0.19  # 5.2 standard deviations of 768 independent pairs
 
 
+def test_a_model_that_does_not_bear_its_shards_is_refused_on_every_process_with_nothing_charged(torchrun):
+    for report in reports(torchrun / "sneaky"):
+        assert "cannot be spread over processes" in report["refusal"]
+        assert "transformer_layer_cls_to_wrap" in report["refusal"] and report["epsilon"] == 0
+
+
 def test_without_privacy_a_sharded_model_equals_that_of_one_process(torchrun, tmp_path):
     run = trainer(tmp_path, tiny_vit(), **SHARDED_RUN | PLAIN_GRADIENTS)
     run.train()
@@ -278,7 +227,7 @@ def test_only_the_first_process_prints_and_writes(torchrun):
         (log,) = (torchrun / "logs").glob(f"**/{rank}/{stream}.log")
         return log.read_text()
 
-    assert output(0, "stdout").count("What this run will claim") == 16 and output(1, "stdout") == ""
+    assert output(0, "stdout").count("What this run will claim") == 16  # not the refused ones and output(1, "stdout") == ""
     assert "claim" not in output(1, "stderr") and "train_runtime" not in output(1, "stderr")
     for family in MODELS:
         written = {rank: torchrun / family / f"files{rank}" for rank in (0, 1)}
@@ -295,7 +244,7 @@ def test_a_process_that_dies_ends_the_launch(accelerated):
 
 
 def test_the_survivor_of_a_process_that_dies_ends_by_itself_and_says_why(tmp_path):
-    ended = launch(WORKER, "--fork", "die", str(tmp_path))
+    ended = launch(str(WORKER), "--fork", "die", str(tmp_path))
     assert "exit codes 1 3" in ended.stdout and ended.returncode == 1, ended.stdout + ended.stderr[-3000:]
     assert "rank 0: ProcessLost: Process 0 of 2 waited for the others in vain" in ended.stdout
     assert "what was charged stays charged" in ended.stdout

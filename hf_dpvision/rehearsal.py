@@ -1,0 +1,78 @@
+"""What is tried out on random examples of the data's shape before step 0; nothing private is looked at."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .dpsgd import PerExampleLoss
+from .probe import describe_example, explained_failure, random_examples
+from .self_check import checked_sharding, self_check
+from .sharding import is_sharded
+from .training_args import DPTrainingArguments
+
+
+_CHECKED_EXAMPLES = 3
+
+
+class Rehearsal:
+    """The checks of one trainer.
+
+    Args:
+        args: say whether to check, and which kernels will run.
+        per_example_loss: what will be differentiated.
+    """
+
+    def __init__(self, args: DPTrainingArguments, per_example_loss: PerExampleLoss) -> None:
+        self._args, self._loss = args, per_example_loss
+        self._description: dict[str, Tensor] = {}
+
+    def look_at(self, dataset: Any, collate: Callable[[list[Any]], Any]) -> None:
+        """Learn names, shapes and types of one collated example; see `describe_example` for what is refused."""
+        self._description = describe_example(dataset, collate, self._args.label_names[0])
+
+    def examples(self, count: int, device: torch.device) -> dict[str, Tensor]:
+        """Random examples of what was looked at, always the same."""
+        return random_examples(self._description, count, self._args.label_names[0], device)
+
+    def check(self, model: nn.Module) -> None:
+        """Compare clipped gradients with a loop over single examples, unless switched off; see `self_check`."""
+        if self._wanted(model):
+            model.train()
+            examples = self.examples(_CHECKED_EXAMPLES, next(model.parameters()).device)
+            with explained_failure(examples):
+                self_check(
+                    _in_full_precision(model),
+                    self._loss,
+                    examples,
+                    norm_rule=self._args.norm_rule,
+                    backward_passes=self._args.backward_passes,
+                )
+
+    def placing(self, model: nn.Module) -> AbstractContextManager:
+        """A block in which the model is spread over the processes, and checked again; see `checked_sharding`."""
+        if not self._args.fsdp or not self._wanted(model):
+            return nullcontext()
+        model.train()
+        examples = self.examples(1, next(model.parameters()).device)
+        return checked_sharding(
+            model, self._loss, examples, device=self._args.device, norm_rule=self._args.norm_rule
+        )
+
+    def _wanted(self, model: nn.Module) -> bool:
+        # a sharded model was checked by an earlier call, and cannot be copied
+        return self._args.self_check and not self._args.disable_dp and not is_sharded(model)
+
+
+def _in_full_precision(model: nn.Module) -> nn.Module:
+    """Return the model, or a copy without the autocast that accelerate has put around its forward."""
+    if "_original_forward" not in vars(model):
+        return model
+    model = copy.deepcopy(model)
+    model.forward = model._original_forward
+    return model
