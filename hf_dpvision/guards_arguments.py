@@ -106,8 +106,15 @@ _TABLE = (
     _Row(
         "auto_find_batch_size",
         lambda args: args.auto_find_batch_size,
-        "it restarts the loop with the weights already trained, and steps would go uncounted",
-        "Lower per_device_train_batch_size; it does not change the result.",
+        "set after the arguments were made it would restart the loop with weights that are trained already, and steps "
+        "would go uncounted",
+        "Pass it to DPTrainingArguments, which finds the size before the first step.",
+    ),
+    _Row(
+        "per_device_train_batch_size",
+        lambda args: args.finds_batch_size and bool(args.fsdp),
+        "with fsdp what fits depends on what the other processes hold",
+        "Give a number with fsdp.",
     ),
     _Row(
         "torch_compile",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .dpsgd import PerExampleLoss
+from .dpsgd import PerExampleLoss, clipped_gradient
+from .fitting import largest_batch
 from .probe import describe_example, explained_failure, random_examples
 from .self_check import checked_sharding, self_check
 from .sharding import is_sharded
@@ -63,6 +65,32 @@ class Rehearsal:
         return checked_sharding(
             model, self._loss, examples, device=self._args.device, norm_rule=self._args.norm_rule
         )
+
+    def largest_batch(self, model: nn.Module, dataset_size: int) -> int:
+        """The largest physical batch that fits the device, at most what a process is likely ever to draw at once.
+
+        Every process finds its own: it changes neither the draw nor the result.
+
+        Raises:
+            DeviceMemoryError: not even one example fits.
+        """
+        args = self._args
+        expected = args.logical_batch_size / args.world_size
+        most = min(dataset_size, math.ceil(expected + 4 * math.sqrt(expected)))
+
+        def step(count: int) -> None:
+            examples = self.examples(count, args.device)
+            if args.disable_dp:
+                self._loss(model, examples).sum().backward()
+                model.zero_grad()
+            else:
+                clipped_gradient(
+                    model, self._loss, examples, clipping=args.build_clipping(), norm_rule=args.norm_rule,
+                    backward_passes=args.backward_passes,
+                )  # fmt: skip
+
+        model.train()
+        return largest_batch(step, args.device, most)
 
     def _wanted(self, model: nn.Module) -> bool:
         # a sharded model was checked by an earlier call, and cannot be copied

@@ -107,9 +107,9 @@ class DPTrainer(PublishingTrainer):
         self._run = PrivacyRun(randomness or SystemRandomness(), args.device)
         self.add_callback(StopWhenSpent(self._run.spent))
         self._mechanism: Mechanism | None = None
+        self._layout: Layout | None = None
         self._stream: MicrobatchStream | None = None
         self._rehearsal = Rehearsal(args, self.per_sample_loss)
-        self._layout = self._make_layout()
 
     def _make_layout(self) -> Layout:
         args, options = self.args, self.args.build_sharding()
@@ -158,6 +158,9 @@ class DPTrainer(PublishingTrainer):
             checkpoint_activations(self.model, self.args.activation_checkpointing_kwargs)
         self._rehearsal.look_at(self.train_dataset, self._collator())
         self._rehearsal.check(self.model)
+        if self.args.finds_batch_size:
+            self.args.per_device_train_batch_size = self._rehearsal.largest_batch(self.model, dataset_size)
+        self._layout = self._make_layout()
         point = find_resume_point(resume_from_checkpoint, self.args.output_dir) if resume_from_checkpoint else None
         folder = None if point is None or point.folder is None else str(point.folder)
         with self._run.started(self.args, dataset_size, self.model, point) as self._mechanism:

@@ -21,6 +21,7 @@ EVAL_DATA = ("private", "public")
 PRIVACY_UNITS = ("example",)
 _NUMBERS = ("target_epsilon", "noise_multiplier", "target_delta", "per_sample_max_grad_norm", "logical_batch_size",
             "dataloader_timeout")  # fmt: skip
+_AUTO = "auto"
 
 
 @dataclass
@@ -124,6 +125,19 @@ class DPTrainingArguments(TrainingArguments):
         },
     )
 
+    per_device_train_batch_size: int | str = field(
+        default=8,
+        metadata={
+            "help": "Most examples on a device at once; changes neither the privacy nor the result. In Python also "
+            "'auto', which is auto_find_batch_size."
+        },
+    )
+    auto_find_batch_size: bool = field(
+        default=False,
+        metadata={
+            "help": "Find the largest per_device_train_batch_size that fits, on random examples before the first step."
+        },
+    )
     max_grad_norm: float = field(default=0.0, metadata={"help": "Must stay 0: it would clip the noisy gradient."})
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Drop columns that the model's forward does not name."}
@@ -140,6 +154,11 @@ class DPTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        # Trainer's own search restarts the loop with weights that are trained already; it must see False
+        self.finds_batch_size = self.auto_find_batch_size or self.per_device_train_batch_size == _AUTO
+        self.auto_find_batch_size = False
+        if self.per_device_train_batch_size == _AUTO:
+            self.per_device_train_batch_size = type(self).per_device_train_batch_size
         super().__post_init__()
         # accelerate's FSDP averages gradients and knows no CPU; the shards are made by torch's FSDP2 directly
         self.fsdp_plugin_args = None

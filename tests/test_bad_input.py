@@ -540,7 +540,7 @@ ARGUMENTS = [
     Refused(49, "launcher dynamo", given(), "dynamo_backend launcher --dynamo_backend no",
             environment=("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")),
     Refused(49, "compiled", given(torch_compile=True), "torch_compile=True off"),
-    Refused(50, "batch finder", given(auto_find_batch_size=True), "auto_find_batch_size restarts"),
+    Refused(50, "batch finder", after(auto_find_batch_size=True), "auto_find_batch_size restart uncounted"),
     Refused(51, "best model", given(load_best_model_at_end=True, eval_dataset=Images(8), **BEST),
             "load_best_model_at_end public"),
     Refused(51, "save best", given(save_strategy="best", metric_for_best_model="loss"), "save_strategy public"),

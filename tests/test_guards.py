@@ -30,7 +30,6 @@ BEST = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "sa
         ),
         ({"max_grad_norm": 1.0}, "max_grad_norm=1.0 per_sample_max_grad_norm"),
         ({"fp16": True}, "fp16=True bf16"),
-        ({"auto_find_batch_size": True}, "auto_find_batch_size per_device_train_batch_size"),
         ({"torch_compile": True}, "torch_compile=True off"),
         ({"deepspeed": {"train_batch_size": 8}}, "deepspeed sharded"),
         ({"fsdp": True}, "fsdp=True one process torchrun"),
