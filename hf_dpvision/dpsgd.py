@@ -49,6 +49,7 @@ def clipped_gradient(
     clipping: Clipping,
     norm_rule: NormRule | str = NormRule.AUTO,
     backward_passes: int = 1,
+    rows: int = 1,
 ) -> ClippedGradient:
     """The sum over the examples of `batch` of their clipped gradients.
 
@@ -65,6 +66,9 @@ def clipped_gradient(
         norm_rule: "auto" (our cost model), "mixed" (the paper's rule), "ghost" or "instantiate". Same result, other
             time and memory.
         backward_passes: 1 holds activations and output gradients for the sum; 2 is the paper's algorithm. Same result.
+        rows: how many rows of `batch` make one example, several views of one image or several images of one person:
+            its tensors have first dimension `n * rows`, the rows of one example adjacent, and `per_example_loss` still
+            returns `[n]`, for instance means over rows. What is clipped is the gradient of that.
 
     Edge cases: an empty batch (`n = 0`) gives zeros without running the model; an example whose gradient is not finite
     contributes exactly zero.
@@ -76,7 +80,7 @@ def clipped_gradient(
         CaptureError: a trainable parameter was used in a way that cannot be seen, or none was used.
     """
     rule = _checked(norm_rule, backward_passes)
-    n = batch_size(batch)
+    n = batch_size(batch, rows)
     if n == 0:
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         return ClippedGradient(zeros(parameters), torch.zeros(0))
@@ -105,6 +109,7 @@ def add_clipped_gradient_to_shards(
     *,
     clipping: Clipping,
     norm_rule: NormRule | str = NormRule.AUTO,
+    rows: int = 1,
 ) -> Tensor:
     """Add to the `.grad` of a sharded model's parameters the clipped gradients of the batches of all processes.
 
@@ -116,7 +121,7 @@ def add_clipped_gradient_to_shards(
 
     Args:
         model: sharded by `sharding.shard`.
-        per_example_loss, clipping, norm_rule: as for `clipped_gradient`.
+        per_example_loss, clipping, norm_rule, rows: as for `clipped_gradient`.
         batch: of this process, with at least one example.
 
     Returns:
@@ -126,7 +131,7 @@ def add_clipped_gradient_to_shards(
         As `clipped_gradient`; and CaptureError where parameters are computed from others, or used several times, and
         no gradient reached some of these uses: they are no longer gathered when that is known.
     """
-    forward, losses = _captured_losses(model, per_example_loss, batch, batch_size(batch))
+    forward, losses = _captured_losses(model, per_example_loss, batch, batch_size(batch, rows))
     with _full_precision(losses):
         collector = Collector(forward.uses, _checked(norm_rule, 2), backward_passes=2)
         forward.backward(losses, collector.receive, retain=True)
@@ -155,13 +160,14 @@ def per_example_norms(
     batch: Batch,
     *,
     norm_rule: NormRule | str = NormRule.AUTO,
+    rows: int = 1,
 ) -> Tensor:
     """Norms `[n]` of every single example's gradient over all trainable parameters. They are private.
 
     Arguments, edge cases and errors as for `clipped_gradient`.
     """
     rule = _checked(norm_rule, 2)
-    n = batch_size(batch)
+    n = batch_size(batch, rows)
     if n == 0:
         return torch.zeros(0)
     forward, losses = _captured_losses(model, per_example_loss, batch, n)
@@ -176,11 +182,11 @@ def _full_precision(like: Tensor) -> torch.autocast:
     return torch.autocast(like.device.type, enabled=False)
 
 
-def batch_size(batch: Batch) -> int:
-    """The common length of dimension 0 of all tensors in `batch`.
+def batch_size(batch: Batch, rows: int = 1) -> int:
+    """The number of examples in `batch`: the common length of dimension 0 of all its tensors, divided by `rows`.
 
     Raises:
-        DataRefused: there is no tensor, one has no dimension, or they disagree.
+        DataRefused: there is no tensor, one has no dimension, they disagree, or the last example lacks rows.
     """
     named = batch.items() if isinstance(batch, Mapping) else enumerate(batch)
     sizes = {key: tuple(value.shape) for key, value in named if isinstance(value, Tensor)}
@@ -190,7 +196,13 @@ def batch_size(batch: Batch) -> int:
             f"batch has tensors of shapes {sizes}: dimension 0 of each must be the number of examples, so that each "
             "example's share can be told apart. Pass a mapping or tuple of tensors that agree about it."
         )
-    return lengths.pop()
+    length = lengths.pop()
+    if rows < 1 or length % rows:
+        raise DataRefused(
+            f"batch has {length} rows, and {rows=} of them make one example: there must be a whole number of examples, "
+            "the rows of each adjacent. Fill up an example that has fewer, with weight zero in the loss."
+        )
+    return length // rows
 
 
 def _checked(norm_rule: NormRule | str, backward_passes: int) -> NormRule:

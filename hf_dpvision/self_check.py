@@ -70,6 +70,7 @@ def self_check(
     *,
     norm_rule: NormRule | str = NormRule.AUTO,
     backward_passes: int = 1,
+    rows: int = 1,
     tolerance: float = 1e-3,
 ) -> float:
     """Compare clipped gradients with a loop over single examples, on a copy of the model.
@@ -83,6 +84,7 @@ def self_check(
         batch: two or three *random* examples of the data's shape.
         norm_rule: as for training, so that the kernels that will run are the ones that are checked.
         backward_passes: as for training.
+        rows: of `batch` that make one example, as for `clipped_gradient`.
         tolerance: largest relative error allowed, of any norm and of the clipped sum.
 
     Returns:
@@ -95,16 +97,17 @@ def self_check(
         MixingRefused: an example's gradient depends on the other examples.
         CaptureError: a trainable parameter escapes the interception.
     """
-    n = batch_size(batch)
+    n = batch_size(batch, rows)
     if n < 2:
         raise ModelRefused(f"self_check needs at least two random examples to see mixing, got {n}.")
     copied = _perturbed_copy(model)
     buffers = {name: buffer.clone() for name, buffer in copied.named_buffers()}
     with _Deterministic():
-        norms, total, clip_norm = _loop(copied, per_example_loss, batch, n)
+        norms, total, clip_norm = _loop(copied, per_example_loss, batch, n, rows)
         ours = clipped_gradient(
             copied, per_example_loss, batch,
             clipping=Flat(clip_norm), norm_rule=norm_rule, backward_passes=backward_passes,
+            rows=rows,
         )  # fmt: skip
     changed = [name for name, buffer in copied.named_buffers() if not torch.equal(buffer, buffers[name])]
     if changed:
@@ -130,13 +133,14 @@ def checked_sharding(
     *,
     device: torch.device,
     norm_rule: NormRule | str = NormRule.AUTO,
+    rows: int = 1,
     tolerance: float = 1e-3,
 ) -> Iterator[None]:
     """Shard the model inside this block: on leaving it, clipped gradients must be what they were before.
 
     Args:
         model: whole at first, sharded at the end, with its parameters as they were. Every process takes part.
-        per_example_loss, norm_rule, tolerance: as for `self_check`.
+        per_example_loss, norm_rule, rows, tolerance: as for `self_check`.
         batch: random examples, the same on every process, where the whole model is.
         device: where the shards are.
 
@@ -145,12 +149,16 @@ def checked_sharding(
     """
     style = Flat(1.0)
     with _Deterministic():
-        whole = clipped_gradient(model, per_example_loss, batch, clipping=style, norm_rule=norm_rule).gradients
+        whole = clipped_gradient(
+            model, per_example_loss, batch, clipping=style, norm_rule=norm_rule, rows=rows
+        ).gradients
     yield
     moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     try:
         with _Deterministic():
-            add_clipped_gradient_to_shards(model, per_example_loss, moved, clipping=style, norm_rule=norm_rule)
+            add_clipped_gradient_to_shards(
+                model, per_example_loss, moved, clipping=style, norm_rule=norm_rule, rows=rows
+            )
     except RuntimeError as error:
         raise ModelRefused(f"{type(model).__name__} cannot be spread over processes: {error} {_LARGER}") from error
     total = gathered_gradients(model)
@@ -192,7 +200,7 @@ def _perturbed_copy(model: nn.Module) -> nn.Module:
 
 
 def _loop(
-    model: nn.Module, per_example_loss: PerExampleLoss, batch: Batch, n: int
+    model: nn.Module, per_example_loss: PerExampleLoss, batch: Batch, n: int, rows: int
 ) -> tuple[Tensor, dict[str, Tensor], float]:
     """Norms `[n]`, the clipped sum and the clip norm used (the middle norm), by ordinary autograd, one by one.
 
@@ -201,7 +209,7 @@ def _loop(
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     gradients = []
     for i in range(n):
-        losses = per_example_loss(model, _twice(batch, i))
+        losses = per_example_loss(model, _twice(batch, i, rows))
         # by edges, so that random draws are constant as well where activation checkpointing runs a block again
         end, *leaves = map(get_gradient_edge, (losses.mean(), *parameters.values()))
         found = torch.autograd.grad([end], leaves, allow_unused=True)
@@ -219,9 +227,11 @@ def _loop(
     return norms, total, clip_norm
 
 
-def _twice(batch: Batch, i: int) -> Batch:
+def _twice(batch: Batch, i: int, rows: int) -> Batch:
+    own = list(range(i * rows, (i + 1) * rows))
+
     def row(value: Any) -> Any:
-        return value[[i, i]] if isinstance(value, Tensor) else value
+        return value[own + own] if isinstance(value, Tensor) else value
 
     if isinstance(batch, (list, tuple)):
         return tuple(row(value) for value in batch)
