@@ -199,8 +199,8 @@ def batch_size(batch: Batch, rows: int = 1) -> int:
     length = lengths.pop()
     if rows < 1 or length % rows:
         raise DataRefused(
-            f"batch has {length} rows, and {rows=} of them make one example: there must be a whole number of them, the "
-            "rows of each adjacent. Fill up an example that has fewer, with weight zero in the loss."
+            f"batch has {length} rows, and {rows=} of them make one example: there must be a whole number of them, "
+            "the rows of each adjacent. Fill up an example that has fewer, with weight zero in the loss."
         )
     return length // rows
 
