@@ -66,6 +66,20 @@ def same_text(text: str, device: torch.device) -> str:
     return bytes(shared.tolist()).decode()
 
 
+def any_of(said: bool, device: torch.device) -> bool:
+    """Return whether any process says so, on every process; with one process, `said` itself.
+
+    Raises:
+        ProcessLost: another process has ended.
+    """
+    if not _several():
+        return said
+    told = torch.tensor([int(said)], device=device)
+    with _all_alive():
+        dist.all_reduce(told, op=dist.ReduceOp.MAX)
+    return bool(told)
+
+
 def same_weights(model: nn.Module) -> None:
     """Overwrite parameters and buffers with those of rank 0.
 

@@ -20,6 +20,7 @@ from . import agreement, guards, processes
 from .checkpoints import find_resume_point
 from .collector import zeros
 from .data.labels import refuse_labels
+from .drafts import discard_drafts
 from .errors import ArgumentRefused
 from .guards_arguments import refuse_arguments
 from .loader import example_loader
@@ -151,6 +152,8 @@ class DPTrainer(StatingTrainer):
         point = find_resume_point(resume_from_checkpoint, self.args.output_dir) if resume_from_checkpoint else None
         folder = None if point is None or point.folder is None else str(point.folder)
         with self._run.started(self.args, dataset_size, self.model, point) as self._mechanism:
+            if self.args.should_save:
+                discard_drafts(self.args.output_dir)
             try:
                 return super().train(folder, ignore_keys_for_eval=ignore_keys_for_eval)
             finally:

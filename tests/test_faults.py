@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import logging
 import os
 import re
+import resource
+import shutil
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,17 +19,21 @@ import pytest
 import torch
 from datasets import Dataset
 from PIL import Image as PILImage
+from safetensors.torch import load_file
 from torch import Tensor
 from trainer_cases import Images, Linear, tiny_vit, trainer, weights
 
+from hf_dpvision import drafts, stating
 from hf_dpvision.accounting.journal import read_journal
+from hf_dpvision.checkpoints import find_resume_point
 from hf_dpvision.clipping import Flat
 from hf_dpvision.data import Columns, image_examples
 from hf_dpvision.data.examples import OneByOne, ReadableOnly, Unreadable
 from hf_dpvision.dpsgd import clipped_gradient
-from hf_dpvision.errors import DataRefused, DeviceMemoryError
+from hf_dpvision.errors import CheckpointError, DataRefused, DeviceMemoryError
 from hf_dpvision.microbatches import DeviceSum
 from hf_dpvision.noise import NoiseSource
+from hf_dpvision.stating import StatingTrainer
 
 
 # Memory
@@ -285,3 +293,133 @@ def test_an_example_without_a_label_is_broken_too():
     examples = image_examples(rows, Columns("image", "label"), lambda picture: torch.zeros(3, 4, 4))
     assert OneByOne(examples)[0]["labels"] == 1 and isinstance(OneByOne(examples)[1], Unreadable)
     assert ReadableOnly(len)([Unreadable(), {"x": 1}, {"x": 2}]) == 2 and ReadableOnly(len)([Unreadable()]) == {}
+
+
+# Disks
+
+
+SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 5, "optim": "adamw_torch"}
+
+
+class Limited:
+    """Files that are written while a checkpoint is saved cannot grow beyond `most` bytes: the system's own errors."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, most: int, at: int) -> None:
+        save = StatingTrainer._save_checkpoint
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+        def limited(run: Any, *args: Any) -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most if run.state.global_step == at else soft, hard))
+            try:
+                save(run, *args)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+        monkeypatch.setattr(StatingTrainer, "_save_checkpoint", limited)
+
+
+@pytest.mark.parametrize(("most", "what"), [(100, "privacy.json"), (6_000, "model"), (12_000, "optimizer")])
+@pytest.mark.parametrize("kept", [1, None])
+def test_a_disk_that_is_full_while_saving_leaves_the_checkpoints_before_and_nothing_of_the_new_one(
+    tmp_path, monkeypatch, most, what, kept
+):
+    run = trainer(tmp_path, Linear(), **SAVING | {"save_total_limit": kept})
+    with monkeypatch.context() as patch:
+        Limited(patch, most, at=3)
+        with pytest.raises(CheckpointError, match=r"checkpoint-3 could not be saved .*resume_from_checkpoint=True"):
+            run.train()
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == (["checkpoint-2", "privacy"] if kept else ["checkpoint-1", "checkpoint-2", "privacy"])
+    assert read_journal(tmp_path).ledger.steps == 3
+    again = trainer(tmp_path, Linear(), **SAVING)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 5 and again._run.ledger.steps == 3 + 3
+
+
+@pytest.mark.parametrize("call", ["fsync", "rename"])
+def test_a_disk_that_fails_at_the_last_moment_leaves_the_checkpoints_before(tmp_path, monkeypatch, call):
+    def fails(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    run = trainer(tmp_path, Linear(), **SAVING | {"max_steps": 2})
+    run.train()
+    with monkeypatch.context() as patch:
+        patch.setattr(*{"fsync": (drafts, "_sync", fails), "rename": (Path, "rename", fails)}[call])
+        with pytest.raises(CheckpointError, match="checkpoint-3 .*No space left"):
+            trainer(tmp_path, Linear(), **SAVING).train(resume_from_checkpoint=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2", "privacy"]
+    assert find_resume_point(True, tmp_path).step == 2
+
+
+def test_everything_is_on_the_disk_before_a_checkpoint_takes_its_place_and_older_ones_go_afterwards(
+    tmp_path, monkeypatch
+):
+    sync, rename, rotate, seen = os.fsync, Path.rename, stating.rotate_checkpoints, []
+
+    def synced(descriptor: int) -> None:
+        seen.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        sync(descriptor)
+
+    def renamed(path: Path, target: Path) -> Path:
+        if path.name == "checkpoint-2":
+            assert {file.name for file in path.iterdir()} | {"checkpoint-2"} <= set(seen)
+            assert (tmp_path / "checkpoint-1").exists()
+            seen.append("moved")
+        return rename(path, target)
+
+    def rotated(*args: Any, **kwargs: Any) -> None:
+        seen.append("rotated")
+        rotate(*args, **kwargs)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "rename", renamed)
+    monkeypatch.setattr(stating, "rotate_checkpoints", rotated)
+    trainer(tmp_path, Linear(), **SAVING | {"max_steps": 2, "save_total_limit": 1}).train()
+    assert seen[-3:] == ["moved", tmp_path.name, "rotated"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "privacy"]
+
+
+def test_a_checkpoint_of_the_same_name_is_replaced_by_a_whole_one_or_not_at_all(tmp_path, monkeypatch):
+    settings = SAVING | {"save_total_limit": None}
+    trainer(tmp_path, Linear(), **settings | {"max_steps": 4}).train()
+    before = (tmp_path / "checkpoint-3" / "model.safetensors").read_bytes()
+    older = str(tmp_path / "checkpoint-2")
+
+    def dies(folder: str) -> None:
+        raise RuntimeError(folder)
+
+    again = trainer(tmp_path, Linear(), **settings | {"max_steps": 4})
+    monkeypatch.setattr(again, "_save_rng_state", dies)  # weights and optimizer have been written
+    with pytest.raises(CheckpointError, match="RuntimeError"):
+        again.train(resume_from_checkpoint=older)
+    assert (tmp_path / "checkpoint-3" / "model.safetensors").read_bytes() == before
+    assert find_resume_point(str(tmp_path / "checkpoint-3"), tmp_path).step == 3
+    trainer(tmp_path, Linear(), **settings | {"max_steps": 3}).train(resume_from_checkpoint=older)
+    assert (tmp_path / "checkpoint-3" / "model.safetensors").read_bytes() != before
+    assert find_resume_point(str(tmp_path / "checkpoint-3"), tmp_path).step == 3
+
+
+def test_what_a_killed_run_was_writing_is_never_a_checkpoint_and_goes_at_the_next_start(tmp_path):
+    trainer(tmp_path, Linear(), **SAVING | {"max_steps": 2}).train()
+    draft = drafts.Draft(tmp_path, "checkpoint-3")
+    shutil.copytree(tmp_path / "checkpoint-2", draft.folder)
+    (draft.folder / "checksums.json").unlink()
+    assert find_resume_point(True, tmp_path).step == 2
+    again = trainer(tmp_path, Linear(), **SAVING | {"save_strategy": "no"})
+    again.train(resume_from_checkpoint=True)
+    assert not draft.root.exists() and again.state.global_step == 5
+
+
+def test_the_best_checkpoint_is_named_by_its_place(tmp_path):
+    data = Images(8)
+    run = trainer(
+        tmp_path, Linear(), eval_dataset=data, eval_data="public", eval_strategy="steps", eval_steps=1,
+        load_best_model_at_end=True, metric_for_best_model="loss", **SAVING | {"save_total_limit": 2},
+    )  # fmt: skip
+    run.train()
+    best = Path(run.state.best_model_checkpoint)
+    assert best == tmp_path / f"checkpoint-{run.state.best_global_step}" and best.is_dir()
+    said = json.loads((tmp_path / "checkpoint-5" / "trainer_state.json").read_text())
+    assert said["best_model_checkpoint"] == str(best)
+    saved = load_file(best / "model.safetensors")
+    assert all(torch.equal(value, saved[name]) for name, value in run.model.state_dict().items())

@@ -139,32 +139,30 @@ def test_a_run_without_any_checkpoint_starts_again_with_what_it_charged(tmp_path
     assert again.state.global_step == 11 and again._run.ledger.steps == 14
 
 
-def test_a_checkpoint_cut_short_is_passed_over(tmp_path):
-    interrupted(tmp_path, step=6)
-    (tmp_path / "checkpoint-5" / "trainer_state.json").unlink()
-    for name in ("model.safetensors", "optimizer.pt"):
-        path = tmp_path / {"model.safetensors": "checkpoint-4", "optimizer.pt": "checkpoint-3"}[name] / name
+def test_a_checkpoint_that_is_not_as_it_was_written_is_refused_by_name_and_passed_over(tmp_path):
+    interrupted(tmp_path, step=9)
+    (tmp_path / "checkpoint-8" / "trainer_state.json").unlink()
+    (tmp_path / "checkpoint-7" / "checksums.json").unlink()
+    for number, name in ((6, "model.safetensors"), (5, "optimizer.pt")):
+        path = tmp_path / f"checkpoint-{number}" / name
         path.write_bytes(path.read_bytes()[:-200])
+    path = tmp_path / "checkpoint-4" / "scheduler.pt"
+    path.write_bytes(path.read_bytes()[:-1] + b"\1")
     run = trainer(tmp_path, Linear(), **SAVING)
-    for number, word in ((5, "trainer_state.json cannot"), (4, "model.safetensors is cut"), (3, "optimizer.pt")):
-        with pytest.raises(ArgumentRefused, match=word):
+    flaws = ((8, "trainer_state.json cannot"), (7, "checksums.json cannot"), (6, "model.safetensors is not"),
+             (5, "optimizer.pt is not"), (4, "scheduler.pt is not"), (99, "checksums.json cannot"))  # fmt: skip
+    for number, word in flaws:
+        with pytest.raises(ArgumentRefused, match=f"{word}.*'checkpoint-3' is whole"):
             run.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{number}"))
+    assert run.epsilon().upper == 0 and read_journal(tmp_path).ledger.steps == 9
     run.train(resume_from_checkpoint=True)
-    assert run._run.ledger.steps == 6 + 11 - 2
+    assert run._run.ledger.steps == 9 + 11 - 3
 
 
-def test_a_checkpoint_that_is_being_overwritten_is_not_whole(tmp_path, monkeypatch):
-    trainer(tmp_path, Linear(), **SAVING | {"max_steps": 4}).train()
-    again = trainer(tmp_path, Linear(), **SAVING | {"max_steps": 4})
-
-    def dies(folder):
-        raise Dies(folder)
-
-    monkeypatch.setattr(again, "_save_rng_state", dies)  # weights and optimizer have been written
-    with pytest.raises(Dies, match="checkpoint-3"):
-        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    with pytest.raises(ArgumentRefused, match="trainer_state.json cannot be read"):
-        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+def test_a_checkpoint_saved_without_its_optimizer_cannot_be_resumed(tmp_path):
+    trainer(tmp_path, Linear(), **SAVING | {"save_only_model": True, "max_steps": 2}).train()
+    with pytest.raises(ArgumentRefused, match="saved without optimizer.pt, scheduler.pt.*no whole one"):
+        trainer(tmp_path, Linear(), **SAVING).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 CHANGES = [
