@@ -108,6 +108,12 @@ _TABLE = (
         "the recomputed forward pass would be captured a second time",
         "Leave it off and lower per_device_train_batch_size, or set backward_passes=2, which needs less memory.",
     ),
+    _Row(
+        "enable_jit_checkpoint",
+        lambda args: args.enable_jit_checkpoint,
+        "it saves in the middle of a step, when the ledger has one step more than the weights",
+        "Leave it off: on SIGTERM, training ends behind its step, with a checkpoint and exit code 143.",
+    ),
     _Row("deepspeed", lambda args: bool(args.deepspeed), SHARDED, ONE_DEVICE),
     _Row("fsdp", lambda args: bool(args.fsdp), SHARDED, ONE_DEVICE),
     _Row("parallelism_config", lambda args: args.parallelism_config is not None, SHARDED, ONE_DEVICE),

@@ -6,10 +6,13 @@ import errno
 import io
 import json
 import logging
+import multiprocessing
 import os
 import re
 import resource
 import shutil
+import signal
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from PIL import Image as PILImage
 from safetensors.torch import load_file
 from torch import Tensor
 from trainer_cases import Images, Linear, tiny_vit, trainer, weights
+from transformers import TrainerCallback
 
 from hf_dpvision import drafts, stating
 from hf_dpvision.accounting.journal import read_journal
@@ -30,7 +34,7 @@ from hf_dpvision.clipping import Flat
 from hf_dpvision.data import Columns, image_examples
 from hf_dpvision.data.examples import OneByOne, ReadableOnly, Unreadable
 from hf_dpvision.dpsgd import clipped_gradient
-from hf_dpvision.errors import CheckpointError, DataRefused, DeviceMemoryError
+from hf_dpvision.errors import ArgumentRefused, CheckpointError, DataRefused, DeviceMemoryError, LoadingError
 from hf_dpvision.microbatches import DeviceSum
 from hf_dpvision.noise import NoiseSource
 from hf_dpvision.stating import StatingTrainer
@@ -423,3 +427,131 @@ def test_the_best_checkpoint_is_named_by_its_place(tmp_path):
     assert said["best_model_checkpoint"] == str(best)
     saved = load_file(best / "model.safetensors")
     assert all(torch.equal(value, saved[name]) for name, value in run.model.state_dict().items())
+
+
+# Requests to end
+
+
+class Sigterm(TrainerCallback):
+    """The scheduler asks this process to end, at one event of one step."""
+
+    def __init__(self, event: str, step: int) -> None:
+        self.event, self.step, self.times = event, step, 0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.send("begin", state)
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.send("middle", state)
+
+    def on_save(self, args, state, control, **kwargs):
+        self.send("save", state)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.times += 1
+
+    def send(self, event: str, state: Any) -> None:
+        if (event, state.global_step) == (self.event, self.step):
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)  # some send it to a process and to its group
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("event", "step", "behind"), [("begin", 2, 3), ("middle", 2, 3), ("save", 4, 6)])
+def test_sigterm_ends_a_run_behind_its_step_with_a_checkpoint_and_nothing_lost(tmp_path, event, step, behind, workers):
+    settings = SAVING | {"save_steps": 4, "max_steps": 9, "dataloader_num_workers": workers}
+    through = trainer(tmp_path / "through", tiny_vit(), **settings)
+    through.train()
+    ends = Sigterm(event, step)
+    before = signal.getsignal(signal.SIGTERM)
+    run = trainer(
+        tmp_path / "ended", tiny_vit(), callbacks=[ends], eval_dataset=Images(8), eval_strategy="steps", eval_steps=3,
+        **settings,
+    )  # fmt: skip
+    with pytest.raises(SystemExit) as ended:
+        run.train()
+    behind = 5 if event == "save" else behind
+    assert ended.value.code == 143 and signal.getsignal(signal.SIGTERM) is before
+    assert run.state.global_step == behind == read_journal(tmp_path / "ended").ledger.steps
+    assert ends.times == behind // 4  # no evaluation while there is hurry
+    assert find_resume_point(True, tmp_path / "ended").step == behind
+    again = trainer(tmp_path / "ended", tiny_vit(), **settings)
+    again.train(resume_from_checkpoint=True)
+    assert again._run.ledger.steps == 9 and torch.equal(weights(through.model), weights(again.model))
+
+
+def test_sigterm_without_checkpoints_saves_none_and_keeps_what_was_charged(tmp_path):
+    run = trainer(tmp_path, Linear(), callbacks=[Sigterm("begin", 2)])
+    with pytest.raises(SystemExit):
+        run.train()
+    assert [path.name for path in tmp_path.iterdir()] == ["privacy"] and read_journal(tmp_path).ledger.steps == 3
+
+
+def end_with_its_workers(folder: Path) -> None:
+    """A run, in a process of its own, whose scheduler ends it and its loading workers together."""
+
+    class Both(Sigterm):
+        def send(self, event: str, state: Any) -> None:
+            if (event, state.global_step) == (self.event, self.step):
+                os.kill(os.getpid(), signal.SIGTERM)
+                for child in multiprocessing.active_children():
+                    child.kill()
+
+    torch.set_num_threads(1)
+    settings = SAVING | {"dataloader_num_workers": 1, "dataloader_prefetch_factor": 1, "max_steps": 30}
+    trainer(folder, Linear(), callbacks=[Both("begin", 2)], **settings).train()
+
+
+def test_a_step_that_cannot_be_finished_after_sigterm_is_given_up(tmp_path):
+    process = multiprocessing.get_context("forkserver").Process(target=end_with_its_workers, args=(tmp_path,))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 143
+    behind = find_resume_point(True, tmp_path).step
+    assert behind in (2, 3) and behind <= read_journal(tmp_path).ledger.steps <= 3
+
+
+def test_a_checkpoint_that_cannot_be_saved_is_told_also_after_sigterm(tmp_path, monkeypatch):
+    run = trainer(tmp_path, Linear(), callbacks=[Sigterm("begin", 2)], **SAVING)
+    Limited(monkeypatch, 100, at=3)
+    with pytest.raises(CheckpointError):
+        run.train()
+
+
+# Loading
+
+
+def test_a_loading_worker_that_dies_ends_the_step_before_its_noise(tmp_path):
+    class Deadly(Images):
+        def __getitem__(self, index: int) -> Any:
+            if torch.utils.data.get_worker_info() is not None and index % 5 == 0:
+                os._exit(9)  # as the kernel ends a process for the memory it takes
+            return super().__getitem__(index)
+
+    run = trainer(tmp_path, Linear(), train_dataset=Deadly(), dataloader_num_workers=1, **SAVING)
+    with pytest.raises(LoadingError, match="worker.*Nothing of the.*dataloader_num_workers.*resume"):
+        run.train()
+    charged = read_journal(tmp_path).ledger.steps
+    assert run.state.global_step <= charged < 5
+    again = trainer(tmp_path, Linear(), **SAVING)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 5 and again._run.ledger.steps == charged + 5 - run.state.global_step
+
+
+def test_a_loading_worker_that_hangs_ends_the_step_before_its_noise(tmp_path):
+    class Slow(Images):
+        def __getitem__(self, index: int) -> Any:
+            if torch.utils.data.get_worker_info() is not None:
+                time.sleep(3600)
+            return super().__getitem__(index)
+
+    run = trainer(tmp_path, Linear(), train_dataset=Slow(), dataloader_num_workers=1, dataloader_timeout=1)
+    with pytest.raises(LoadingError, match="timed out after 1.*dataloader_timeout"):
+        run.train()
+    assert read_journal(tmp_path).ledger.steps == 0 == run.epsilon().upper
+
+
+@pytest.mark.parametrize("seconds", [-1, float("nan"), float("inf")])
+def test_a_time_to_wait_for_workers_that_is_none_is_refused(tmp_path, seconds):
+    with pytest.raises(ArgumentRefused, match="dataloader_timeout"):
+        trainer(tmp_path, Linear(), dataloader_timeout=seconds)

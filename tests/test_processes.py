@@ -10,17 +10,20 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from filelock import FileLock
-from processes_worker import MODELS, noise_run, run_of
+from processes_worker import MODELS, noise_run, resumable, resumed, run_of
 from scipy import stats
 from trainer_cases import tiny_vit, weights
 
 from hf_dpvision import processes
+from hf_dpvision.accounting.journal import read_journal
+from hf_dpvision.checkpoints import find_resume_point
 
 
 pytestmark = pytest.mark.skipif(
@@ -68,8 +71,16 @@ class Launched:
     stderr: str
 
 
-def launched_once(factory: pytest.TempPathFactory, name: str, launcher: tuple[str, ...], *jobs: str) -> Launched:
+def launched_once(
+    factory: pytest.TempPathFactory,
+    name: str,
+    launcher: tuple[str, ...],
+    *jobs: str,
+    prepare: Callable[[Path], None] = lambda folder: None,
+) -> Launched:
     """Launch the workers for these jobs, once per test run; `{folder}` in the launcher's options is their folder.
+
+    What the workers need to find in their folder, `prepare` puts there.
 
     With pytest-xdist several test processes ask for it; the first one launches, the others wait.
     """
@@ -79,6 +90,7 @@ def launched_once(factory: pytest.TempPathFactory, name: str, launcher: tuple[st
     with FileLock(f"{folder}.lock"):
         if not result.exists():
             folder.mkdir()
+            prepare(folder)
             options = [option.format(folder=folder) for option in launcher]
             ended = launch(*options, free_port(), WORKER, *jobs, str(folder))
             result.write_text(json.dumps({"code": ended.returncode, "stderr": ended.stderr}))
@@ -88,7 +100,7 @@ def launched_once(factory: pytest.TempPathFactory, name: str, launcher: tuple[st
 @pytest.fixture(scope="module")
 def torchrun(tmp_path_factory) -> Path:
     """The folder in which two processes of torchrun did all jobs but the deadly one; logs/ has their output."""
-    jobs = ("equality", "rare", "noise", "disagreement")
+    jobs = ("equality", "rare", "noise", "disagreement", "terminate", "full")
     launched = launched_once(tmp_path_factory, "torchrun", TORCHRUN, *jobs)
     assert launched.code == 0, launched.stderr[-3000:]
     return launched.folder
@@ -195,7 +207,7 @@ def test_only_the_first_process_prints_and_writes(torchrun):
         (log,) = (torchrun / "logs").glob(f"**/{rank}/{stream}.log")
         return log.read_text()
 
-    assert output(0, "stdout").count("What this run will claim") == 5 and output(1, "stdout") == ""
+    assert output(0, "stdout").count("What this run will claim") == 8 and output(1, "stdout") == ""
     assert "claim" not in output(1, "stderr") and "train_runtime" not in output(1, "stderr")
     for family in MODELS:
         written = {rank: torchrun / family / f"files{rank}" for rank in (0, 1)}
@@ -216,6 +228,62 @@ def test_the_survivor_of_a_process_that_dies_ends_by_itself_and_says_why(tmp_pat
     assert "exit codes 1 3" in ended.stdout and ended.returncode == 1, ended.stdout + ended.stderr[-3000:]
     assert "rank 0: ProcessLost: Process 0 of 2 waited for the others in vain" in ended.stdout
     assert "what was charged stays charged" in ended.stdout
+
+
+def runs_of_one_process(folder: Path) -> None:
+    """A whole run of each family in this process."""
+    for family, build in MODELS.items():
+        run = resumable(folder / family / "one", build())
+        run.train()
+        torch.save(weights(run.model), folder / family / "one.pt")
+
+
+@pytest.fixture(scope="module")
+def taken_up(tmp_path_factory) -> Path:
+    """The folder in which two processes resumed their own runs and those of one process."""
+    launched = launched_once(tmp_path_factory, "resuming", TORCHRUN, "resume", prepare=runs_of_one_process)
+    assert launched.code == 0, launched.stderr[-3000:]
+    return launched.folder
+
+
+BEHIND = pytest.mark.parametrize("behind", [3, 8], ids=["within an epoch", "at its end"])
+
+
+@BEHIND
+@pytest.mark.parametrize("family", [*MODELS, "dropout"])
+def test_two_processes_resume_bit_for_bit(taken_up, family, behind):
+    first, second = (torch.load(taken_up / family / f"weights{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert torch.equal(first["two"], first[f"two-two-{behind}"])
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@BEHIND
+@FAMILIES
+def test_a_run_goes_on_with_another_number_of_processes_as_it_would_have(taken_up, tmp_path, family, behind):
+    # the same draws and noise; two processes add up their halves of a batch in another order than one does
+    found = torch.load(taken_up / family / "weights0.pt", weights_only=True)
+    one = torch.load(taken_up / family / "one.pt", weights_only=True)
+    more = found[f"one-two-{behind}"]
+    fewer = resumed(taken_up / family / "two", behind, tmp_path / "fewer", MODELS[family]())
+    again = resumed(taken_up / family / "one", behind, tmp_path / "again", MODELS[family]())
+    assert torch.equal(one, again)
+    assert (one - more).abs().max() < 1e-5 and (found["two"] - fewer).abs().max() < 1e-5
+
+
+def test_all_processes_end_behind_the_same_step_when_one_is_asked_to(torchrun):
+    assert reports(torchrun / "terminate") == [{"code": 143, "step": 3}] * 2
+    assert find_resume_point(True, torchrun / "terminate").step == 3
+    assert read_journal(torchrun / "terminate").ledger.steps == 3
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_all_processes_end_without_half_a_checkpoint_when_one_cannot_write_its_part(torchrun, failing):
+    folder = torchrun / "full" / str(failing)
+    for rank, report in enumerate(reports(folder)):
+        why = "No space left" if rank == failing else "another process"
+        assert report["step"] == 2 and why in report["message"]
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["checkpoint-1", "privacy"]
+    assert find_resume_point(True, folder).step == 1
 
 
 def test_with_one_process_nothing_is_exchanged():

@@ -83,9 +83,10 @@ def interrupted(folder: Path, step: int, model: nn.Module | None = None, **chang
         trainer(folder, model or Linear(), callbacks=[DieAt(step)], **SAVING | changes).train()
 
 
+@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("build", [vit, beit, resnet])
-def test_resuming_equals_not_being_interrupted(tmp_path, build):
-    through = trainer(tmp_path / "through", build(), **SAVING)
+def test_resuming_equals_not_being_interrupted(tmp_path, build, workers):
+    through = trainer(tmp_path / "through", build(), **SAVING | {"dataloader_num_workers": workers})
     through.train()
     lines = (tmp_path / "through" / FOLDER / FILE).read_bytes().splitlines(keepends=True)
     for behind in (3, 8, 10):  # within the first epoch, at its end, within the second
@@ -93,7 +94,8 @@ def test_resuming_equals_not_being_interrupted(tmp_path, build):
         ledger.parent.mkdir(parents=True)
         ledger.write_bytes(b"".join(lines[: 2 + behind]))  # as it was when that checkpoint was written
         torch.manual_seed(12345)  # what another process would have
-        again = trainer(tmp_path / str(behind), build(), **SAVING | {"save_strategy": "no"})
+        settings = SAVING | {"save_strategy": "no", "dataloader_num_workers": workers}
+        again = trainer(tmp_path / str(behind), build(), **settings)
         again.train(resume_from_checkpoint=str(tmp_path / "through" / f"checkpoint-{behind}"))
         assert torch.equal(weights(through.model), weights(again.model))
         assert again.state.global_step == 11 and again.epsilon() == through.epsilon()
