@@ -46,8 +46,13 @@ class StatingTrainer(Trainer):
         return self._run.epsilon(self.args, delta)
 
     def planned_claim(self) -> str:
-        """Return in words what the run claims once it has carried out its plan."""
-        return self._record(self._run.planned_ledger()).claim()
+        """Return in words what the run claims once it has carried out its plan.
+
+        Raises:
+            AccountingError: the accountants contradict one another.
+        """
+        claim = self._record(self._run.planned_ledger()).claim()
+        return claim if self._run.continues is None else f"{claim}\n{self._run.continues}"
 
     def privacy_statement(self) -> dict[str, Any]:
         """Return what is true of the weights now: the content of `privacy.json`."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import errno
 import io
 import json
@@ -12,6 +14,8 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -27,14 +31,22 @@ from torch import Tensor
 from trainer_cases import Images, Linear, tiny_vit, trainer, weights
 from transformers import TrainerCallback
 
-from hf_dpvision import drafts, stating
+from hf_dpvision import accounting, drafts, stating
+from hf_dpvision.accounting import Bounds, prv, rdp
 from hf_dpvision.accounting.journal import read_journal
 from hf_dpvision.checkpoints import find_resume_point
 from hf_dpvision.clipping import Flat
 from hf_dpvision.data import Columns, image_examples
 from hf_dpvision.data.examples import OneByOne, ReadableOnly, Unreadable
 from hf_dpvision.dpsgd import clipped_gradient
-from hf_dpvision.errors import ArgumentRefused, CheckpointError, DataRefused, DeviceMemoryError, LoadingError
+from hf_dpvision.errors import (
+    AccountingError,
+    ArgumentRefused,
+    CheckpointError,
+    DataRefused,
+    DeviceMemoryError,
+    LoadingError,
+)
 from hf_dpvision.microbatches import DeviceSum
 from hf_dpvision.noise import NoiseSource
 from hf_dpvision.stating import StatingTrainer
@@ -555,3 +567,232 @@ def test_a_loading_worker_that_hangs_ends_the_step_before_its_noise(tmp_path):
 def test_a_time_to_wait_for_workers_that_is_none_is_refused(tmp_path, seconds):
     with pytest.raises(ArgumentRefused, match="dataloader_timeout"):
         trainer(tmp_path, Linear(), dataloader_timeout=seconds)
+
+
+# Copies, accountants, surroundings
+
+
+def test_both_continuations_of_a_copied_run_have_its_steps_and_say_what_they_cost_together(tmp_path, capsys):
+    settings = SAVING | {"accountant": "rdp"}
+    trainer(tmp_path / "one", Linear(), **settings).train()
+    shutil.copytree(tmp_path / "one", tmp_path / "copy")
+    parent = (tmp_path / "one" / "privacy" / "ledger.jsonl").read_bytes()
+    capsys.readouterr()
+    for name, steps in (("one", 7), ("copy", 8)):
+        run = trainer(tmp_path / name, Linear(), **settings | {"max_steps": steps})
+        run.train(resume_from_checkpoint=True)
+        history = read_journal(tmp_path / name)
+        assert history.ledger.steps == steps == run._run.ledger.steps
+        assert (tmp_path / name / "privacy" / "ledger.jsonl").read_bytes().startswith(parent)
+        said = capsys.readouterr().out
+        assert "with 5 steps in the ledger" in said
+        assert "epsilon of both together is that of these steps and all that follow in either" in said
+
+
+class FailingAccountant:
+    """Answers for a plan; then its library breaks."""
+
+    def __init__(self, error: Exception, healthy_for: int) -> None:
+        self.error, self.left = error, healthy_for
+
+    def __call__(self, ledger: Any, delta: float, coarser: float = 1.0) -> Bounds:
+        self.left -= 1
+        if self.left < 0:
+            raise self.error
+        return prv_epsilon(ledger, delta, coarser)
+
+
+prv_epsilon = prv.epsilon
+ERRORS = [MemoryError("a mesh"), RuntimeError("no convergence"), IndexError("a quantile"), AttributeError("numpy 9")]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("healthy_for", [0, 1, 3])
+def test_when_the_accountant_fails_the_training_is_kept_and_epsilon_is_the_renyi_bound(
+    tmp_path, monkeypatch, error, healthy_for
+):
+    monkeypatch.setattr(prv, "epsilon", FailingAccountant(error, healthy_for))
+    run = trainer(tmp_path, Linear(), seed=None, accountant="prv", logging_steps=1, **SAVING)
+    run.train()
+    run.save_model()
+    certain = accounting.epsilon(sample_rate=1 / 8, noise_multiplier=1.0, steps=5, delta=1e-4, accountant="rdp")
+    for said in (run.privacy_statement(), json.loads((tmp_path / "privacy.json").read_text())):
+        assert said["guarantee"]["epsilon"] == certain.upper > 0 and said["accountant"]["name"] == "rdp"
+        assert type(error).__name__ in " ".join(said["accountant"]["notes"])
+    assert run.state.global_step == 5 and min(log["epsilon"] for log in run.state.log_history) > 0
+
+
+def test_when_accountants_contradict_each_other_the_training_is_kept_and_nothing_is_claimed(tmp_path, monkeypatch):
+    run = trainer(tmp_path, Linear(), seed=None, accountant="prv", **SAVING)
+
+    class Contradicts(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            monkeypatch.setattr(prv, "epsilon", lambda *_: Bounds(90.0, 91.0, 92.0, accountant="prv", delta=1e-4))
+
+    run.add_callback(Contradicts())
+    run.train()
+    said = run.privacy_statement()
+    assert said["guarantee"]["epsilon"] == "inf" and "contradict" in said["claim"]
+    assert run.state.global_step == 5 and run._run.ledger.steps == 5
+    json.dumps(said, allow_nan=False)
+    with pytest.raises(AccountingError, match="contradict"):  # a new run is not begun with them
+        trainer(tmp_path / "new", Linear(), seed=None, accountant="prv").train()
+    assert read_journal(tmp_path / "new").ledger.steps == 0
+    monkeypatch.undo()
+    assert 0 < run.epsilon().upper < 90
+
+
+def test_epsilon_is_computed_anew_from_the_steps_whatever_another_version_had_said(tmp_path, monkeypatch):
+    trainer(tmp_path, Linear(), seed=None, **SAVING).train()
+    before = json.loads((tmp_path / "checkpoint-5" / "privacy.json").read_text())
+    assert b"epsilon\":" not in (tmp_path / "privacy" / "ledger.jsonl").read_bytes().replace(b"target_epsilon", b"")
+    own = rdp.epsilon
+
+    def another(ledger: Any, delta: float) -> Bounds:
+        found = own(ledger, delta)
+        return dataclasses.replace(found, estimate=2 * found.upper, upper=2 * found.upper)
+
+    monkeypatch.setattr(rdp, "epsilon", another)
+    again = trainer(tmp_path, Linear(), seed=None, **SAVING | {"max_steps": 6})
+    again.train(resume_from_checkpoint=True)
+    after = again.privacy_statement()
+    assert after["guarantee"]["epsilon"] > 2 * before["guarantee"]["epsilon"]
+    assert after["software"].keys() >= {"hf_dpvision", "torch", "transformers"}
+
+
+ELSEWHERE = """
+import hashlib, itertools, sys, time
+from pathlib import Path
+if len(sys.argv) > 2:
+    backwards = itertools.count(10**9, -1000)
+    time.time = lambda: float(next(backwards))
+import torch
+torch.set_num_threads(1)
+from trainer_cases import tiny_vit, trainer, weights
+run = trainer(Path(sys.argv[1]), tiny_vit(), save_strategy="steps", save_steps=2)
+run.train()
+print("digest", hashlib.sha256(weights(run.model).numpy().tobytes()).hexdigest(), run._run.ledger.steps, run.epsilon())
+"""
+
+
+def test_clock_time_zone_language_and_an_unwritable_cache_change_nothing(tmp_path):
+    tests = Path(__file__).parent
+    paths = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
+    usual = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    odd = usual | {"TZ": "Pacific/Kiritimati", "LC_ALL": "tr_TR.UTF-8", "LANG": "tr_TR.UTF-8"}
+    odd |= {"HF_HOME": "/proc/nowhere", "XDG_CACHE_HOME": "/proc/nowhere"}
+    said = []
+    for name, environment in (("usual", usual), ("odd", odd)):
+        command = [sys.executable, "-c", ELSEWHERE, str(tmp_path / name), *["clock"] * (name == "odd")]
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        assert ended.returncode == 0, ended.stderr[-3000:]
+        said.append([line for line in ended.stdout.splitlines() if line.startswith("digest")])
+        assert find_resume_point(True, tmp_path / name).step == 4
+    assert said[0] == said[1] and len(said[0]) == 1
+
+
+# What is promised of each fault, and the tests that prove it
+
+PROMISES = {
+    "kill -9 at any instruction of a step": {
+        "test_killed.py": ["test_a_killed_run_is_resumed_with_new_noise_and_nothing_forgotten"],
+        "recipes/test_fault_drill.py": ["test_a_short_drill_finds_nothing_forgotten"],
+    },
+    "SIGTERM or preemption": {
+        "test_faults.py": [
+            "test_sigterm_ends_a_run_behind_its_step_with_a_checkpoint_and_nothing_lost",
+            "test_a_step_that_cannot_be_finished_after_sigterm_is_given_up",
+        ],
+        "test_processes.py": ["test_all_processes_end_behind_the_same_step_when_one_is_asked_to"],
+    },
+    "disk full on checkpoint or ledger": {
+        "test_faults.py": [
+            "test_a_disk_that_is_full_while_saving_leaves_the_checkpoints_before_and_nothing_of_the_new_one",
+            "test_a_disk_that_fails_at_the_last_moment_leaves_the_checkpoints_before",
+            "test_everything_is_on_the_disk_before_a_checkpoint_takes_its_place_and_older_ones_go_afterwards",
+        ],
+        "test_resume.py": ["test_a_full_disk_ends_the_run_before_the_noise"],
+        "test_processes.py": ["test_all_processes_end_without_half_a_checkpoint_when_one_cannot_write_its_part"],
+    },
+    "corrupted or truncated checkpoint, missing file": {
+        "test_resume.py": ["test_a_checkpoint_that_is_not_as_it_was_written_is_refused_by_name_and_passed_over"],
+        "test_faults.py": ["test_what_a_killed_run_was_writing_is_never_a_checkpoint_and_goes_at_the_next_start"],
+    },
+    "ledger missing, edited, or older than the checkpoint": {
+        # there is no way to accept the loss: a run without its ledger is not continued
+        "test_resume.py": ["test_a_ledger_that_is_not_the_checkpoints_is_refused"],
+    },
+    "two processes on one output folder": {"test_resume.py": ["test_a_folder_in_use_is_refused"]},
+    "copied checkpoint resumed twice": {
+        "test_faults.py": [
+            "test_both_continuations_of_a_copied_run_have_its_steps_and_say_what_they_cost_together",
+        ],
+    },
+    "out of memory": {
+        "test_faults.py": [
+            "test_out_of_memory_halves_the_physical_batch_and_takes_the_same_step_uncharged",
+            "test_the_clipped_sum_does_not_depend_on_what_fitted",
+            "test_when_one_example_does_not_fit_nothing_is_charged",
+        ],
+    },
+    "out of memory behind the noise": {
+        "test_faults.py": [
+            "test_out_of_memory_behind_the_charge_leaves_the_step_charged_and_its_repetition_is_charged_too",
+        ],
+    },
+    "a record that is not finite, a batch of such": {
+        "test_trainer.py": ["test_released_noise_has_the_stated_standard_deviation"],
+        "test_processes.py": ["test_noise_of_two_processes_has_the_standard_deviation_of_one"],
+        "test_sensitivity.py": ["test_a_non_finite_example_contributes_zero_and_leaves_the_others_alone"],
+    },
+    "corrupted image in the middle of a run": {
+        "test_faults.py": [
+            "test_broken_examples_contribute_exactly_zero_and_leave_no_trace",
+            "test_a_microbatch_of_broken_examples_alone_is_a_step_of_noise",
+        ],
+        "test_bad_input.py": ["test_bad_input_is_refused_warned_of_or_handled"],  # rows 25, 26: the check beforehand
+    },
+    "a loading worker dies or hangs": {
+        "test_faults.py": [
+            "test_a_loading_worker_that_dies_ends_the_step_before_its_noise",
+            "test_a_loading_worker_that_hangs_ends_the_step_before_its_noise",
+        ],
+    },
+    "a process dies, fewer go on": {
+        "test_processes.py": [
+            "test_the_survivor_of_a_process_that_dies_ends_by_itself_and_says_why",
+            "test_a_process_that_dies_ends_the_launch",
+            "test_a_run_goes_on_with_another_number_of_processes_as_it_would_have",
+        ],
+    },
+    "processes disagree": {
+        "test_processes.py": [
+            "test_processes_that_disagree_are_refused_on_every_one_of_them_with_nothing_charged",
+        ],
+    },
+    "clock, language, time zone, read-only cache, offline": {
+        "test_faults.py": ["test_clock_time_zone_language_and_an_unwritable_cache_change_nothing"],
+    },
+    "two calls of train()": {
+        "test_resume.py": ["test_a_second_call_writes_on_and_notices_a_replaced_ledger"],
+        "test_trainer.py": ["test_a_second_call_continues_the_ledger_with_other_draws"],
+    },
+    "accountant failure at report time": {
+        "test_faults.py": [
+            "test_when_the_accountant_fails_the_training_is_kept_and_epsilon_is_the_renyi_bound",
+            "test_when_accountants_contradict_each_other_the_training_is_kept_and_nothing_is_claimed",
+        ],
+    },
+    "another version between two runs": {
+        "test_faults.py": ["test_epsilon_is_computed_anew_from_the_steps_whatever_another_version_had_said"],
+    },
+}
+
+
+@pytest.mark.parametrize("fault", PROMISES)
+def test_every_fault_of_the_list_has_tests_that_exist(fault):
+    for file, names in PROMISES[fault].items():
+        tree = ast.parse((Path(__file__).parent / file).read_text())
+        found = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        assert names and set(names) <= found, sorted(set(names) - found)
+    assert len(PROMISES) == 18
