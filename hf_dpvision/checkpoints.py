@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +16,15 @@ from transformers import PreTrainedModel
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from .accounting.journal import Mark
+from .drafts import CHECKSUMS, checksum
 from .errors import ArgumentRefused, ModelRefused
 from .statement import STATEMENT_FILE
 
 
 WEIGHTS = "model.safetensors"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+_NEEDED = (TRAINER_STATE_NAME, STATEMENT_FILE, OPTIMIZER_NAME, SCHEDULER_NAME)
 
 logger = logging.getLogger(__name__)
 
@@ -45,19 +47,23 @@ class ResumePoint:
 def find_resume_point(resume: str | bool, output_dir: str | Path) -> ResumePoint:
     """Return the checkpoint `resume`, or for True the last whole one below `output_dir`.
 
-    A checkpoint that was being written when its run died is passed over. With none at all, the run is taken up at its
+    A checkpoint of which a file is missing or changed is passed over. With none at all, the run is taken up at its
     beginning; what it charged stays charged.
 
     Raises:
-        ArgumentRefused: `resume` is a folder that is not a whole checkpoint; the message says what is missing.
+        ArgumentRefused: `resume` is a folder that is not a whole checkpoint; the message says which file is missing or
+            changed, and which checkpoint beside it is whole.
     """
     if resume is not True:
         folder = Path(resume)
         flaw = _flaw(folder)
         if flaw is not None:
+            others = (other for _, other in sorted(_numbered(folder.parent), reverse=True) if other != folder)
+            whole = next((other for other in others if _flaw(other) is None), None)
+            remedy = f"{whole.name!r} is whole: name that one." if whole else "There is no whole one beside it."
             raise ArgumentRefused(
                 f"resume_from_checkpoint={folder.name!r} is not a whole checkpoint: {flaw}. Resuming from part of one "
-                "would not continue the same training. Name another one, or say True for the last whole one."
+                f"would not continue the same training. {remedy}"
             )
         return _read_point(folder)
     for _, folder in sorted(_numbered(Path(output_dir)), reverse=True):
@@ -75,25 +81,24 @@ def _numbered(folder: Path) -> list[tuple[int, Path]]:
 
 
 def _flaw(folder: Path) -> str | None:
-    """Say what is missing or cut short in a checkpoint, None if nothing is. The trainer's state is written last."""
+    """Say what is missing in a checkpoint or not as it was written, None if nothing is."""
     try:
-        json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
-        json.loads((folder / STATEMENT_FILE).read_text(encoding="utf-8"))["guarantee"]
-    except OSError as error:
-        return f"{Path(error.filename or folder).name} cannot be read"
-    except (ValueError, KeyError, TypeError):
-        return f"{TRAINER_STATE_NAME} or {STATEMENT_FILE} was not written to its end"
-    weights = [*folder.glob("model*.safetensors"), *folder.glob("adapter_model*.safetensors")]
-    if not weights:
-        return "it has no weights in safetensors"
-    for path in weights:
+        recorded = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")).items()
+    except OSError:
+        return f"{CHECKSUMS} cannot be read, which is written last"
+    except (ValueError, AttributeError):
+        return f"{CHECKSUMS} was not written to its end"
+    for name, written in recorded:
         try:
-            safetensors.safe_open(path, framework="pt").keys()
-        except (safetensors.SafetensorError, OSError):
-            return f"{path.name} is cut short"
-    for name in (OPTIMIZER_NAME, SCHEDULER_NAME):
-        if not zipfile.is_zipfile(folder / name):
-            return f"{name} is missing or cut short"
+            if checksum(folder / name) != written:
+                return f"{name} is not as it was written (cut short, or changed)"
+        except OSError:
+            return f"{name} cannot be read"
+    names = [name for name, _ in recorded]
+    weights = [name for name in names if re.fullmatch(r"(adapter_)?model.*\.safetensors", name)]
+    lacking = [name for name in _NEEDED if name not in names]
+    if lacking or not weights:
+        return f"it was saved without {', '.join(lacking) or 'weights in safetensors'}"
     return None
 
 

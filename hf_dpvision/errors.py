@@ -60,7 +60,7 @@ class DeviceMemoryError(DPVisionError, RuntimeError):
 
 
 class LoadingError(DPVisionError, RuntimeError):
-    """The processes that load examples have ended or hang; the step was given up before its noise."""
+    """A process that loads examples has ended or hangs; nothing of the unfinished step has been released."""
 
 
 class CheckpointError(DPVisionError, RuntimeError):

@@ -122,6 +122,12 @@ _TABLE = (
         "compiled code hides the operations whose per-example gradients are clipped",
         "Leave it off.",
     ),
+    _Row(
+        "enable_jit_checkpoint",
+        lambda args: args.enable_jit_checkpoint,
+        "it saves in the middle of a step, when the ledger has one step more than the weights",
+        "Leave it off: on SIGTERM, training ends behind its step, with a checkpoint and exit code 143.",
+    ),
     _Row("deepspeed", lambda args: bool(args.deepspeed), SHARDED, ONE_DEVICE),
     _Row(
         "fsdp",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,22 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import seed_worker
 
 from .data.examples import OneByOne, ReadableOnly
+from .errors import LoadingError
 from .training_args import DPTrainingArguments
+
+
+class ExampleLoader(DataLoader):
+    """A `DataLoader` that says what it means when a worker is gone and its last examples cannot be fetched from it."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return _fetched(super().__iter__())
+
+
+def _fetched(loaded: Iterator[Any]) -> Iterator[Any]:
+    try:
+        yield from loaded
+    except (EOFError, ConnectionError) as error:
+        raise _lost(error) from error
 
 
 def example_loader(
@@ -21,7 +37,7 @@ def example_loader(
     A microbatch lacks its unreadable examples; one that has no other is an empty mapping.
     """
     workers = args.dataloader_num_workers
-    return DataLoader(
+    return ExampleLoader(
         OneByOne(dataset, (*args.label_names, "label", "labels")),
         batch_sampler=batch_sampler,
         collate_fn=ReadableOnly(collate),
@@ -32,4 +48,29 @@ def example_loader(
         multiprocessing_context=args.dataloader_multiprocessing_context,
         timeout=args.dataloader_timeout if workers else 0,
         worker_init_fn=partial(seed_worker, num_workers=workers, rank=args.process_index),
+    )
+
+
+@contextmanager
+def lost_workers_explained() -> Iterator[None]:
+    """Around training: torch reports the death of a worker wherever the main process happens to be.
+
+    Raises:
+        LoadingError: a worker has ended, or let the main process wait longer than `dataloader_timeout`.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader "):  # what torch says of its workers; errors in them read otherwise
+            raise
+        raise _lost(error) from error
+
+
+def _lost(error: Exception) -> LoadingError:
+    return LoadingError(
+        f"Examples could not be loaded ({type(error).__name__}: {error}): a worker process has ended or hangs. "
+        "Nothing of the unfinished step has been released, and what was charged stays charged. Workers are often "
+        "ended for the memory they take: lower dataloader_num_workers (0 loads in this process) or "
+        "dataloader_prefetch_factor, raise dataloader_timeout if loading is slow, and go on with "
+        "train(resume_from_checkpoint=True)."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,14 +17,22 @@ from . import processes
 from .accounting import Bounds, Event, Ledger
 from .accounting.journal import FILE, FOLDER, History, Journal, Mark
 from .checkpoints import ResumePoint
-from .errors import DPVisionError, LedgerRefused
+from .errors import AccountingError, DPVisionError, LedgerRefused
 from .mechanism import Mechanism, PrivateMechanism, Randomness, WithoutPrivacy
 from .plan import Plan, facts_of, make_plan, plan_of, plan_resumed, refuse_changed_facts, written_facts
 from .statement import NEIGHBORS, RunRecord
 from .training_args import DPTrainingArguments
 
 
+logger = logging.getLogger(__name__)
+
 _SHOWN = 20  # epsilon is computed at most about so often for display
+
+_CONTINUES = (
+    "Taken up again with {steps} steps in the ledger. If a copy of the folder is taken up as well, both share these "
+    "steps and each has its own from here on: epsilon of both together is that of these steps and all that follow in "
+    "either."
+)
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,7 @@ class PrivacyRun:
         self._device = device
         self._noise = randomness.noise_source(device)
         self._journal: Journal | None = None  # that of the last private call, in the process that writes it
+        self.continues: str | None = None  # what a reader must know of a run that was taken up again
         self._calls = 0
         self._shown: dict[int, float] = {}
 
@@ -103,6 +113,7 @@ class PrivacyRun:
         if point is not None:
             refuse_changed_facts(facts, spent.facts)
             before, unprotected = plan_of(spent.facts), spent.facts["unprotected_before"]
+            self.continues = _CONTINUES.format(steps=spent.ledger.steps)
         self.ledger = spent.ledger
         self.plan = self._planned(args, dataset_size, point, before)
         self.without_privacy |= unprotected
@@ -196,7 +207,7 @@ class PrivacyRun:
         stride = max(1, total // _SHOWN)
         shown_at = min(total, math.ceil(charged / stride) * stride)
         if shown_at not in self._shown:
-            bounds = self._ahead(shown_at - charged).epsilon(self.plan.delta, accountant)
+            bounds = _certified(self._ahead(shown_at - charged), self.plan.delta, accountant)
             self._shown[shown_at] = bounds.upper
         return self._shown[shown_at]
 
@@ -226,11 +237,23 @@ class PrivacyRun:
         delta = args.target_delta if delta is None else delta
         if self.without_privacy or args.disable_dp:
             return Bounds(math.inf, math.inf, math.inf, accountant="exact", delta=delta or 0.0)
-        return ledger.epsilon(delta, args.accountant)
+        if ledger is self.ledger:
+            return _certified(ledger, delta, args.accountant)
+        return ledger.epsilon(delta, args.accountant)  # a plan that nobody can answer for is not begun
 
     def _ahead(self, steps: int) -> Ledger:
         more = Event(self.plan.sample_rate, self.plan.noise_multiplier, steps)
         return Ledger((*self.ledger.events, more))
+
+
+def _certified(ledger: Ledger, delta: float, accountant: str) -> Bounds:
+    """Return epsilon of what was spent; infinite if the accountants contradict one another, for no training is lost
+    over a number that the ledger will give later."""
+    try:
+        return ledger.epsilon(delta, accountant)
+    except AccountingError as error:
+        logger.error("Epsilon is reported as infinite. %s", error)
+        return Bounds(0.0, math.inf, math.inf, accountant="none", delta=delta, notes=(str(error),))
 
 
 def _resumable(history: History | None, point: ResumePoint, folder: str) -> History:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader
 
-from .errors import ArgumentRefused, LoadingError
+from .errors import ArgumentRefused
 
 
 KEY_BYTES = 32
@@ -204,19 +204,7 @@ class MicrobatchStream:
 
 def _take(loaded: Iterator[Any], count: int) -> Iterator[Any]:
     for _ in range(count):
-        try:
-            microbatch = next(loaded)
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader "):  # what torch says of its workers; other errors are theirs
-                raise
-            raise LoadingError(
-                f"The examples of a step could not be loaded ({error}): a worker process has ended or hangs. The step "
-                "was given up before its noise, and nothing of it has been released. Workers are often ended for the "
-                "memory they take: lower dataloader_num_workers (0 loads in this process) or "
-                "dataloader_prefetch_factor, raise dataloader_timeout if loading is slow, and resume from the last "
-                "checkpoint."
-            ) from error
-        yield microbatch
+        yield next(loaded)
 
 
 def microbatches(indices: Sequence[int], size: int) -> list[Sequence[int]]:

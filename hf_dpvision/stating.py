@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from transformers.trainer_utils import (
     PredictionOutput,
     TrainOutput,
     _is_peft_model,
+    rotate_checkpoints,
     unwrap_peft_model,
 )
 
@@ -23,6 +26,7 @@ from . import guards, sharding
 from .accounting import Bounds, Ledger
 from .checkpoints import load_strictly, refuse_partly_loaded_adapter
 from .data.examples import same_rows
+from .drafts import Draft
 from .model_card import CardResult, write_model_card
 from .progress import MARK, last_evaluation, strip_private
 from .run import PrivacyRun
@@ -39,14 +43,20 @@ class StatingTrainer(Trainer):
 
     args: DPTrainingArguments
     _run: PrivacyRun  # set by the trainer that trains
+    _draft: Draft | None = None  # while a checkpoint is being written
 
     def epsilon(self, delta: float | None = None) -> Bounds:
         """Return epsilon of the steps charged so far, at `delta` (by default `target_delta`)."""
         return self._run.epsilon(self.args, delta)
 
     def planned_claim(self) -> str:
-        """Return in words what the run claims once it has carried out its plan."""
-        return self._record(self._run.planned_ledger()).claim()
+        """Return in words what the run claims once it has carried out its plan.
+
+        Raises:
+            AccountingError: the accountants contradict one another.
+        """
+        claim = self._record(self._run.planned_ledger()).claim()
+        return claim if self._run.continues is None else f"{claim}\n{self._run.continues}"
 
     def privacy_statement(self) -> dict[str, Any]:
         """Return what is true of the weights now: the content of `privacy.json`."""
@@ -122,11 +132,38 @@ class StatingTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.args.should_save:
-            # written last, it says that a checkpoint is whole; one of the same name may be there from before a resume
-            folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
-        super()._save_checkpoint(model, trial)
+        """Let `Trainer` write a draft, put it in its place when it is whole, and only then remove older ones.
+
+        Raises:
+            CheckpointError: it could not be written; there is no part of it, and the older ones are whole.
+        """
+        args, run_dir = self.args, self._get_output_dir(trial)
+        draft = Draft(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        with draft.by_all(args.device), self._writing_into(draft):
+            super()._save_checkpoint(model, trial)
+            if self.state.best_model_checkpoint == str(draft.folder):
+                self.state.best_model_checkpoint = str(draft.place)
+                if args.should_save:
+                    self.state.save_to_json(str(draft.folder / TRAINER_STATE_NAME))
+        with draft.by_all(args.device):
+            if args.should_save:
+                draft.publish(checksums=True)
+        if args.should_save:
+            rotate_checkpoints(run_dir, args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+        elif draft.folder.exists():  # this process has a disk of its own
+            with suppress(FileNotFoundError):  # it has not, its view of the shared one was late
+                draft.publish(checksums=False)
+
+    @contextmanager
+    def _writing_into(self, draft: Draft) -> Iterator[None]:
+        self._draft = draft
+        try:
+            yield
+        finally:
+            self._draft = None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._draft is None else str(self._draft.root)
 
     def create_model_card(
         self,

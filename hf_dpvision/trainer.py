@@ -20,11 +20,12 @@ from . import agreement, guards, processes
 from .activation_checkpointing import checkpoint_activations
 from .checkpoints import find_resume_point
 from .data.labels import refuse_labels
+from .drafts import discard_drafts
 from .errors import ArgumentRefused
 from .guards_arguments import refuse_arguments
 from .guards_tracking import refuse_uploading_trackers
 from .layouts import Layout, Replicated, Sharded
-from .loader import example_loader
+from .loader import example_loader, lost_workers_explained
 from .losses import model_losses
 from .mechanism import Mechanism, Randomness, SystemRandomness
 from .models import load_model
@@ -34,6 +35,7 @@ from .rehearsal import Rehearsal
 from .run import PrivacyRun
 from .sampling import LogicalBatch, LogicalBatchIndices, LogicalBatchLoader, MicrobatchStream, PoissonSampler
 from .sharding import is_sharded
+from .termination import StopWhenTerminated
 from .training_args import DPTrainingArguments
 
 
@@ -106,6 +108,8 @@ class DPTrainer(PublishingTrainer):
         self.add_callback(ClaimAtStart(self.planned_claim))
         self._run = PrivacyRun(randomness or SystemRandomness(), args.device)
         self.add_callback(StopWhenSpent(self._run.spent))
+        self._termination = StopWhenTerminated()
+        self.add_callback(self._termination)
         self._mechanism: Mechanism | None = None
         self._layout: Layout | None = None
         self._stream: MicrobatchStream | None = None
@@ -141,7 +145,9 @@ class DPTrainer(PublishingTrainer):
         Raises:
             RefusedError: before the first step, with nothing spent.
             BudgetExceeded: the noise was calibrated for fewer steps than this call would add up to.
-            LedgerError: a step could not be written into the ledger; it was not taken.
+            LedgerError, CheckpointError: a step, or a checkpoint, could not be written; that step was not taken.
+            LoadingError, DeviceMemoryError: the examples of a step could not be loaded, or not one fits the device.
+            SystemExit: with code 143, behind the step in which SIGTERM came, of which there is a checkpoint.
         """
         if trial is not None:
             raise ArgumentRefused(f"{trial=}: no ledger of this trainer would count the trials. Leave it out.")
@@ -163,7 +169,10 @@ class DPTrainer(PublishingTrainer):
         self._layout = self._make_layout()
         point = find_resume_point(resume_from_checkpoint, self.args.output_dir) if resume_from_checkpoint else None
         folder = None if point is None or point.folder is None else str(point.folder)
-        with self._run.started(self.args, dataset_size, self.model, point) as self._mechanism:
+        started = self._run.started(self.args, dataset_size, self.model, point)
+        with started as self._mechanism, self._termination.watching(), lost_workers_explained():
+            if self.args.should_save:
+                discard_drafts(self.args.output_dir)
             try:
                 return super().train(folder, ignore_keys_for_eval=ignore_keys_for_eval)
             finally:

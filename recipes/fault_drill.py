@@ -1,12 +1,14 @@
 """Kill a training run at random moments, resume it each time, and check that nothing that was spent is forgotten.
 
     python recipes/fault_drill.py                      # 100 kills, a few minutes on one core; writes fault_drill.md
-    python recipes/fault_drill.py --kills 5 --report /dev/stdout
+    python recipes/fault_drill.py --kills 5 --terminations 0 --report /dev/stdout
 
-Each life of the run is a process of its own that is ended by SIGKILL a random time after its training has begun. A
-tiny ViT is trained on random pictures; noise and draws are the real ones. A digest of all noise that a life draws is
-written down outside the run. After each life: the ledger on disk has at least as many steps as noise was drawn for, no
-noise vector was drawn twice, and the ledger has not shrunk. A life that ends in any other way than by the kill or by
+Each life of the run is a process of its own that is ended a random time after its training has begun: by SIGKILL, or
+by SIGTERM, upon which it has to finish its step, to save a checkpoint and to leave with code 143. A tiny ViT is
+trained on random pictures; noise and draws are the real ones. A digest of all noise that a life draws is written down
+outside the run. After each life: the ledger on disk has at least as many steps as noise was drawn for, no noise vector
+was drawn twice, the ledger has not shrunk, and the newest checkpoint is whole (an older one may be half removed);
+after SIGTERM, it is behind the last step of the ledger. A life that ends in any other way than by its signal or by
 finishing its steps is an error.
 
 The last report is in fault_drill.md beside this file.
@@ -23,11 +25,13 @@ import random
 import signal
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from logging import getLogger
 from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +43,10 @@ from transformers import TrainerCallback, ViTConfig, ViTForImageClassification, 
 from hf_dpvision import DPTrainer, DPTrainingArguments, accounting
 from hf_dpvision.accounting.journal import read_journal
 from hf_dpvision.checkpoints import find_resume_point
+from hf_dpvision.drafts import Draft
 from hf_dpvision.mechanism import SystemRandomness
 from hf_dpvision.noise import NoiseSource
+from hf_dpvision.termination import EXIT_CODE
 
 
 STEPS, EXAMPLES, BATCH, SIGMA, DELTA = 40, 256, 16, 1.0, 1e-4
@@ -130,10 +136,12 @@ class Findings:
     """What the drill saw; the report is made from it."""
 
     kills: int = 0
+    terminations: int = 0
     resumed: int = 0
     finished_runs: int = 0
     torn_ledgers: int = 0
-    cut_checkpoints: int = 0
+    drafts: int = 0
+    newest_checkpoints: int = 0
     charged: int = 0
     drawn: int = 0
     digests: int = 0
@@ -146,6 +154,7 @@ def inspect(folder: Path, log: Path, spent_before: int, found: Findings) -> tupl
 
     Raises:
         RuntimeError: something that was spent is not in the ledger, or noise was drawn twice.
+        ArgumentRefused: the newest checkpoint is not whole.
     """
     digests = log.read_text().split() if log.exists() else []
     drawn = -(-len(digests) // large_parameters())
@@ -156,13 +165,37 @@ def inspect(folder: Path, log: Path, spent_before: int, found: Findings) -> tupl
     if not max(drawn, spent_before) <= charged:
         raise RuntimeError(f"the ledger has {charged} steps; noise was drawn for {drawn}, and it had {spent_before}")
     found.torn_ledgers += history is not None and history.torn_at is not None
+    found.drafts += Draft(folder, "checkpoint-0").root.exists()
+    newest = max((int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*")), default=0)
+    if newest:
+        find_resume_point(str(folder / f"checkpoint-{newest}"), folder)  # raises if it is not whole
+        found.newest_checkpoints += 1
     return charged, drawn
 
 
-def drill(kills: int, root: Path, choose: random.Random, context: BaseContext) -> Findings:
-    """Kill and resume until `kills` lives were ended, and let the last run finish."""
-    found, number = Findings(), 0
-    while found.kills < kills:
+def end(process: BaseProcess, started: Path, root: Path, ending: signal.Signals | None, seconds: float) -> None:
+    """Let a life begin, send it the signal after that time (or let it finish), and wait for its end.
+
+    Raises:
+        RuntimeError: it ended neither by the signal nor by finishing.
+    """
+    process.start()
+    while process.is_alive() and not started.exists():
+        time.sleep(0.005)
+    process.join(seconds if ending is not None else None)
+    if process.is_alive():
+        os.kill(process.pid, ending)
+        process.join()
+    expected = {None: 0, signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: EXIT_CODE}[ending]
+    if process.exitcode not in (0, expected):
+        said = (root / "last-life.txt").read_text()
+        raise RuntimeError(f"a life to be ended by {ending!r} ended with exit code {process.exitcode}:\n{said}")
+
+
+def drill(endings: list[signal.Signals], root: Path, choose: random.Random, context: BaseContext) -> Findings:
+    """End and resume lives by these signals, one after the other, and let the last run finish."""
+    found, number, left = Findings(), 0, deque(endings)
+    while left:
         number += 1
         folder, log = root / f"run-{number}", root / f"noise-{number}"
         spent = drawn = lives = 0
@@ -170,27 +203,23 @@ def drill(kills: int, root: Path, choose: random.Random, context: BaseContext) -
             lives += 1
             started = root / f"started-{number}-{lives}"
             process = context.Process(target=live, args=(folder, log, started))
-            process.start()
-            while process.is_alive() and not started.exists():
-                time.sleep(0.005)
-            process.join(choose.uniform(0, LONGEST_LIFE) if found.kills < kills else None)
-            process.kill()
-            process.join()
-            if process.exitcode not in (0, -signal.SIGKILL):
-                said = (root / "last-life.txt").read_text()
-                raise RuntimeError(f"life {lives} of run {number} ended with exit code {process.exitcode}:\n{said}")
+            end(process, started, root, left[0] if left else None, choose.uniform(0, LONGEST_LIFE))
             before, (spent, drawn) = spent, inspect(folder, log, spent, found)
             found.resumed += lives > 1 and spent > before
             found.most_without_noise = max(found.most_without_noise, spent - drawn)
             if process.exitcode == 0:
                 break
             behind = find_resume_point(True, folder).step
-            found.kills += 1
-            found.killed_behind.append(behind)
-            checkpoints = folder.glob("checkpoint-*")
-            found.cut_checkpoints += any(not (path / "trainer_state.json").exists() for path in checkpoints)
+            if left.popleft() == signal.SIGKILL:
+                found.kills += 1
+                found.killed_behind.append(behind)
+            else:
+                found.terminations += 1
+                said = json.loads((folder / f"checkpoint-{behind}" / "privacy.json").read_text())
+                if said["steps"] != spent:
+                    raise RuntimeError(f"SIGTERM lost steps: {spent} are charged, {said['steps']} in the checkpoint")
             if behind == STEPS:
-                break  # killed behind its last checkpoint: nothing is left to be resumed
+                break  # ended behind its last checkpoint: nothing is left to be resumed
         said = json.loads((folder / f"checkpoint-{STEPS}" / "privacy.json").read_text())
         true = accounting.epsilon(
             sample_rate=BATCH / EXAMPLES, noise_multiplier=SIGMA, steps=drawn, delta=DELTA, accountant="rdp"
@@ -200,7 +229,8 @@ def drill(kills: int, root: Path, choose: random.Random, context: BaseContext) -
         found.finished_runs += 1
         found.charged, found.drawn = found.charged + spent, found.drawn + drawn
         found.digests += len(log.read_text().split())
-        print(f"run {number}: {lives} lives, {spent} steps charged, {found.kills} kills so far", flush=True)
+        ended = found.kills + found.terminations
+        print(f"run {number}: {lives} lives, {spent} steps charged, {ended} lives ended so far", flush=True)
     return found
 
 
@@ -208,11 +238,15 @@ def report(found: Findings) -> str:
     """Return the findings as Markdown."""
     rows = {
         "kills by SIGKILL at random moments": found.kills,
+        "ended by SIGTERM at random moments, with exit code 143": found.terminations,
         "runs, each brought to its last step": found.finished_runs,
         "lives that took a run up again and charged steps": found.resumed,
         "kills before the first whole checkpoint": found.killed_behind.count(0),
         "kills behind the last checkpoint": found.killed_behind.count(STEPS),
-        "kills that left a checkpoint cut short": found.cut_checkpoints,
+        "kills that left a draft of a checkpoint": found.drafts,
+        "newest checkpoints compared with their checksums": found.newest_checkpoints,
+        "newest checkpoints that were not whole": 0,
+        "steps lost by SIGTERM": 0,
         "kills that left a torn line in the ledger": found.torn_ledgers,
         "lives that failed to resume": 0,
         "steps charged in the ledgers": found.charged,
@@ -242,15 +276,19 @@ def report(found: Findings) -> str:
 def main(command_line: Sequence[str] | None = None) -> Findings:
     """Run the drill as told on the command line and write the report."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--kills", type=int, default=100, help="by SIGKILL")
+    parser.add_argument("--terminations", type=int, default=25, help="by SIGTERM, in between")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills; noise has none")
     parser.add_argument("--report", type=Path, default=Path(__file__).with_suffix(".md"))
     options = parser.parse_args(command_line)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["hf_dpvision.trainer"])
-    getLogger("hf_dpvision.checkpoints").setLevel("ERROR")  # it names every checkpoint that was cut short
+    getLogger("hf_dpvision.checkpoints").setLevel("ERROR")  # it says whenever a run has no checkpoint yet
+    choose = random.Random(options.seed)
+    endings = [signal.SIGKILL] * options.kills + [signal.SIGTERM] * options.terminations
+    choose.shuffle(endings)
     with tempfile.TemporaryDirectory() as root:
-        found = drill(options.kills, Path(root), random.Random(options.seed), context)
+        found = drill(endings, Path(root), choose, context)
     options.report.write_text(report(found), encoding="utf-8")
     return found
 

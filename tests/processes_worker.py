@@ -13,6 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import gc  # noqa: E402
 import hashlib  # noqa: E402
 import json  # noqa: E402
+import signal  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
@@ -31,7 +32,7 @@ from transformers import (  # noqa: E402
 from hf_dpvision import agreement  # noqa: E402
 from hf_dpvision.accounting.journal import FILE, FOLDER  # noqa: E402
 from hf_dpvision.batchnorm import replace_batchnorm, to_group_norm  # noqa: E402
-from hf_dpvision.errors import ArgumentRefused, ModelRefused  # noqa: E402
+from hf_dpvision.errors import ArgumentRefused, CheckpointError, ModelRefused  # noqa: E402
 from hf_dpvision.mechanism import FixedRandomness, SystemRandomness  # noqa: E402
 
 
@@ -283,6 +284,73 @@ def job_disagreement(folder: Path) -> None:
 def job_die(folder: Path) -> None:
     """Rank 1 ends after three of twenty steps, without a word."""
     run_of(Linear(), folder / "die", die_after=3 if RANK else None, eval_dataset=Images(8))
+
+
+def resumable(folder: Path, model: nn.Module, **changes: Any) -> Any:
+    """A trainer for ten steps, eight per epoch, with a checkpoint behind each and a loading worker."""
+    settings = {"max_steps": 10, "save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
+    return trainer(folder, model, **settings | {"optim": "adamw_torch", "dataloader_num_workers": 1} | changes)
+
+
+def resumed(through: Path, behind: int, folder: Path, model: nn.Module) -> torch.Tensor:
+    """Take a finished run up again behind an earlier step, with the ledger of that moment; return the weights."""
+    if RANK == 0:
+        lines = (through / FOLDER / FILE).read_bytes().splitlines(keepends=True)
+        (folder / FOLDER).mkdir(parents=True)
+        (folder / FOLDER / FILE).write_bytes(b"".join(lines[: 2 + behind]))
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    torch.manual_seed(12345)  # what another process would have
+    run = resumable(folder, model, save_strategy="no")
+    run.train(resume_from_checkpoint=str(through / f"checkpoint-{behind}"))
+    return weights(run.model)
+
+
+def job_resume(folder: Path) -> None:
+    """Each family: a run of two processes, taken up again by two, and runs of one process taken up by two."""
+    for name, build in (*MODELS.items(), ("dropout", lambda: tiny_vit(0.1))):
+        own = folder / name
+        run = resumable(own / "two", build())
+        run.train()
+        found = {"two": weights(run.model)}
+        for behind in (3, 8):
+            found[f"two-two-{behind}"] = resumed(own / "two", behind, own / f"two-two-{behind}", build())
+            if name in MODELS:
+                found[f"one-two-{behind}"] = resumed(own / "one", behind, own / f"one-two-{behind}", build())
+        torch.save(found, own / f"weights{RANK}.pt")
+
+
+def job_terminate(folder: Path) -> None:
+    """Rank 1 alone is asked to end, in its third step."""
+
+    class Asked(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if RANK == 1 and state.global_step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    run = resumable(folder / "terminate", Linear(), callbacks=[Asked()])
+    try:
+        run.train()
+    except SystemExit as ended:
+        report(folder / "terminate", code=ended.code, step=run.state.global_step)
+
+
+def job_full(folder: Path) -> None:
+    """One process cannot write its part of the second checkpoint: first rank 1, then, in a run of its own, rank 0."""
+    for failing in (1, 0):
+        run = resumable(folder / "full" / str(failing), Linear(), dataloader_num_workers=0)
+        save = run._save_rng_state
+
+        def full(target: str, run: Any = run, save: Any = save, failing: int = failing) -> None:
+            if RANK == failing and run.state.global_step == 2:
+                raise OSError(28, "No space left on device")
+            save(target)
+
+        run._save_rng_state = full
+        try:
+            run.train()
+        except CheckpointError as error:
+            report(folder / "full" / str(failing), message=str(error), step=run.state.global_step)
 
 
 def report(folder: Path, **found: Any) -> None:

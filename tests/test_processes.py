@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from launching import ACCELERATE, TORCHRUN, Launched, launch, launched_once
-from processes_worker import MODELS, PLAIN_GRADIENTS, SHARDED_RUN, as_after_step, noise_run, run_of
+from processes_worker import MODELS, PLAIN_GRADIENTS, SHARDED_RUN, as_after_step, noise_run, resumable, resumed, run_of
 from scipy import stats
 from trainer_cases import Images, tiny_vit, trainer, weights
 
 from hf_dpvision import processes
-from hf_dpvision.checkpoints import load_strictly
+from hf_dpvision.accounting.journal import read_journal
+from hf_dpvision.checkpoints import find_resume_point, load_strictly
 
 
 pytestmark = pytest.mark.skipif(
@@ -39,7 +40,7 @@ def plain_runs(folder: Path) -> None:
 def torchrun(tmp_path_factory) -> Path:
     """The folder in which two processes of torchrun did all jobs but the deadly one; logs/ has their output."""
     jobs = ("equality", "rare", "noise", "disagreement", "sharded", "sharded_noise", "sharded_without_privacy",
-            "sharded_sneaky")  # fmt: skip
+            "sharded_sneaky", "terminate", "full")  # fmt: skip
     launched = launched_once(tmp_path_factory, "torchrun", TORCHRUN, WORKER, *jobs, prepare=plain_runs)
     assert launched.code == 0, launched.stderr[-3000:]
     return launched.folder
@@ -227,7 +228,7 @@ def test_only_the_first_process_prints_and_writes(torchrun):
         (log,) = (torchrun / "logs").glob(f"**/{rank}/{stream}.log")
         return log.read_text()
 
-    assert output(0, "stdout").count("What this run will claim") == 16 and output(1, "stdout") == ""
+    assert output(0, "stdout").count("What this run will claim") == 19 and output(1, "stdout") == ""
     assert "claim" not in output(1, "stderr") and "train_runtime" not in output(1, "stderr")
     for family in MODELS:
         written = {rank: torchrun / family / f"files{rank}" for rank in (0, 1)}
@@ -248,6 +249,62 @@ def test_the_survivor_of_a_process_that_dies_ends_by_itself_and_says_why(tmp_pat
     assert "exit codes 1 3" in ended.stdout and ended.returncode == 1, ended.stdout + ended.stderr[-3000:]
     assert "rank 0: ProcessLost: Process 0 of 2 waited for the others in vain" in ended.stdout
     assert "what was charged stays charged" in ended.stdout
+
+
+def runs_of_one_process(folder: Path) -> None:
+    """A whole run of each family in this process."""
+    for family, build in MODELS.items():
+        run = resumable(folder / family / "one", build())
+        run.train()
+        torch.save(weights(run.model), folder / family / "one.pt")
+
+
+@pytest.fixture(scope="module")
+def taken_up(tmp_path_factory) -> Path:
+    """The folder in which two processes resumed their own runs and those of one process."""
+    launched = launched_once(tmp_path_factory, "resuming", TORCHRUN, WORKER, "resume", prepare=runs_of_one_process)
+    assert launched.code == 0, launched.stderr[-3000:]
+    return launched.folder
+
+
+BEHIND = pytest.mark.parametrize("behind", [3, 8], ids=["within an epoch", "at its end"])
+
+
+@BEHIND
+@pytest.mark.parametrize("family", [*MODELS, "dropout"])
+def test_two_processes_resume_bit_for_bit(taken_up, family, behind):
+    first, second = (torch.load(taken_up / family / f"weights{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert torch.equal(first["two"], first[f"two-two-{behind}"])
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@BEHIND
+@FAMILIES
+def test_a_run_goes_on_with_another_number_of_processes_as_it_would_have(taken_up, tmp_path, family, behind):
+    # the same draws and noise; two processes add up their halves of a batch in another order than one does
+    found = torch.load(taken_up / family / "weights0.pt", weights_only=True)
+    one = torch.load(taken_up / family / "one.pt", weights_only=True)
+    more = found[f"one-two-{behind}"]
+    fewer = resumed(taken_up / family / "two", behind, tmp_path / "fewer", MODELS[family]())
+    again = resumed(taken_up / family / "one", behind, tmp_path / "again", MODELS[family]())
+    assert torch.equal(one, again)
+    assert (one - more).abs().max() < 1e-5 and (found["two"] - fewer).abs().max() < 1e-5
+
+
+def test_all_processes_end_behind_the_same_step_when_one_is_asked_to(torchrun):
+    assert reports(torchrun / "terminate") == [{"code": 143, "step": 3}] * 2
+    assert find_resume_point(True, torchrun / "terminate").step == 3
+    assert read_journal(torchrun / "terminate").ledger.steps == 3
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_all_processes_end_without_half_a_checkpoint_when_one_cannot_write_its_part(torchrun, failing):
+    folder = torchrun / "full" / str(failing)
+    for rank, report in enumerate(reports(folder)):
+        why = "No space left" if rank == failing else "another process"
+        assert report["step"] == 2 and why in report["message"]
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["checkpoint-1", "privacy"]
+    assert find_resume_point(True, folder).step == 1
 
 
 def test_with_one_process_nothing_is_exchanged():

@@ -83,9 +83,10 @@ def interrupted(folder: Path, step: int, model: nn.Module | None = None, **chang
         trainer(folder, model or Linear(), callbacks=[DieAt(step)], **SAVING | changes).train()
 
 
+@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("build", [vit, beit, resnet])
-def test_resuming_equals_not_being_interrupted(tmp_path, build):
-    through = trainer(tmp_path / "through", build(), **SAVING)
+def test_resuming_equals_not_being_interrupted(tmp_path, build, workers):
+    through = trainer(tmp_path / "through", build(), **SAVING | {"dataloader_num_workers": workers})
     through.train()
     lines = (tmp_path / "through" / FOLDER / FILE).read_bytes().splitlines(keepends=True)
     for behind in (3, 8, 10):  # within the first epoch, at its end, within the second
@@ -93,7 +94,8 @@ def test_resuming_equals_not_being_interrupted(tmp_path, build):
         ledger.parent.mkdir(parents=True)
         ledger.write_bytes(b"".join(lines[: 2 + behind]))  # as it was when that checkpoint was written
         torch.manual_seed(12345)  # what another process would have
-        again = trainer(tmp_path / str(behind), build(), **SAVING | {"save_strategy": "no"})
+        settings = SAVING | {"save_strategy": "no", "dataloader_num_workers": workers}
+        again = trainer(tmp_path / str(behind), build(), **settings)
         again.train(resume_from_checkpoint=str(tmp_path / "through" / f"checkpoint-{behind}"))
         assert torch.equal(weights(through.model), weights(again.model))
         assert again.state.global_step == 11 and again.epsilon() == through.epsilon()
@@ -139,32 +141,30 @@ def test_a_run_without_any_checkpoint_starts_again_with_what_it_charged(tmp_path
     assert again.state.global_step == 11 and again._run.ledger.steps == 14
 
 
-def test_a_checkpoint_cut_short_is_passed_over(tmp_path):
-    interrupted(tmp_path, step=6)
-    (tmp_path / "checkpoint-5" / "trainer_state.json").unlink()
-    for name in ("model.safetensors", "optimizer.pt"):
-        path = tmp_path / {"model.safetensors": "checkpoint-4", "optimizer.pt": "checkpoint-3"}[name] / name
+def test_a_checkpoint_that_is_not_as_it_was_written_is_refused_by_name_and_passed_over(tmp_path):
+    interrupted(tmp_path, step=9)
+    (tmp_path / "checkpoint-8" / "trainer_state.json").unlink()
+    (tmp_path / "checkpoint-7" / "checksums.json").unlink()
+    for number, name in ((6, "model.safetensors"), (5, "optimizer.pt")):
+        path = tmp_path / f"checkpoint-{number}" / name
         path.write_bytes(path.read_bytes()[:-200])
+    path = tmp_path / "checkpoint-4" / "scheduler.pt"
+    path.write_bytes(path.read_bytes()[:-1] + b"\1")
     run = trainer(tmp_path, Linear(), **SAVING)
-    for number, word in ((5, "trainer_state.json cannot"), (4, "model.safetensors is cut"), (3, "optimizer.pt")):
-        with pytest.raises(ArgumentRefused, match=word):
+    flaws = ((8, "trainer_state.json cannot"), (7, "checksums.json cannot"), (6, "model.safetensors is not"),
+             (5, "optimizer.pt is not"), (4, "scheduler.pt is not"), (99, "checksums.json cannot"))  # fmt: skip
+    for number, word in flaws:
+        with pytest.raises(ArgumentRefused, match=f"{word}.*'checkpoint-3' is whole"):
             run.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{number}"))
+    assert run.epsilon().upper == 0 and read_journal(tmp_path).ledger.steps == 9
     run.train(resume_from_checkpoint=True)
-    assert run._run.ledger.steps == 6 + 11 - 2
+    assert run._run.ledger.steps == 9 + 11 - 3
 
 
-def test_a_checkpoint_that_is_being_overwritten_is_not_whole(tmp_path, monkeypatch):
-    trainer(tmp_path, Linear(), **SAVING | {"max_steps": 4}).train()
-    again = trainer(tmp_path, Linear(), **SAVING | {"max_steps": 4})
-
-    def dies(folder):
-        raise Dies(folder)
-
-    monkeypatch.setattr(again, "_save_rng_state", dies)  # weights and optimizer have been written
-    with pytest.raises(Dies, match="checkpoint-3"):
-        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    with pytest.raises(ArgumentRefused, match="trainer_state.json cannot be read"):
-        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+def test_a_checkpoint_saved_without_its_optimizer_cannot_be_resumed(tmp_path):
+    trainer(tmp_path, Linear(), **SAVING | {"save_only_model": True, "max_steps": 2}).train()
+    with pytest.raises(ArgumentRefused, match="saved without optimizer.pt, scheduler.pt.*no whole one"):
+        trainer(tmp_path, Linear(), **SAVING).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 CHANGES = [

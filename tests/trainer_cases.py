@@ -49,7 +49,7 @@ class Linear(nn.Module):
         return self.head(pixel_values.flatten(1))
 
 
-def tiny_vit() -> ViTForImageClassification:
+def tiny_vit(dropout: float = 0.0) -> ViTForImageClassification:
     """A ViT of two blocks, the same weights at every call."""
     torch.manual_seed(0)
     config = ViTConfig(
@@ -60,6 +60,7 @@ def tiny_vit() -> ViTForImageClassification:
         image_size=16,
         patch_size=8,
         num_labels=CLASSES,
+        hidden_dropout_prob=dropout,
     )
     return ViTForImageClassification(config)
 

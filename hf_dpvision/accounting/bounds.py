@@ -25,7 +25,7 @@ class Bounds:
         estimate: the accountant's best value, without guarantee.
         upper: certified upper bound of epsilon: the number to state.
         accountant: who certified `upper`: "prv", "pld", "rdp", "gaussian" (exact, no subsampling), or "exact"
-            (no noise, or nothing spent).
+            (no noise, or nothing spent); "none" if no answer can be claimed, with `upper` infinite.
         delta: the delta asked for.
         eps_error: half-width of the interval due to discretisation, already contained in it.
         delta_error: probability set aside for the discretisation, already contained in the interval.

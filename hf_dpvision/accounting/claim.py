@@ -55,10 +55,8 @@ def claim(
         Text of several lines, without a trailing newline.
     """
     if math.isinf(bounds.upper):
-        return (
-            "No differential privacy: a step adds no noise, so epsilon is infinite and nothing can be claimed.\n"
-            + _mechanism(ledger, clip_norm)
-        )
+        why = " ".join(bounds.notes) or "a step adds no noise, so epsilon is infinite and nothing can be claimed."
+        return f"No differential privacy: {why}\n{_mechanism(ledger, clip_norm)}"
     lines = [
         f"({round_up(bounds.upper)}, {bounds.delta:g})-differential privacy: epsilon <= {round_up(bounds.upper)}.",
         f"Unit of privacy: {privacy_unit}.",

@@ -19,6 +19,16 @@ from .events import Event, segments
 _ROUTES = {"prv": (prv, pld), "pld": (pld,), "rdp": ()}
 _CENTRAL_LIMIT = ("gdp", "clt", "glw", "f-dp", "fdp")
 _TOLERANCE = 1e-9
+_FAILURES = (
+    ArithmeticError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 def check_accountant(name: str) -> str:
@@ -74,9 +84,13 @@ def epsilon_of(events: Iterable[Event], delta: float, accountant: str = "prv", c
             notes.append(module.UNSUPPORTED)
             continue
         try:
-            return _reconciled(module.epsilon(ledger, delta, coarser), certain).with_notes(tuple(notes))
+            answer = module.epsilon(ledger, delta, coarser)
         except Declined as reason:
             notes.append(str(reason))
+        except _FAILURES as error:  # of an accountant, not of the run: the Rényi bound holds whatever happened to it
+            notes.append(f"{module.__name__.rpartition('.')[2]}: failed ({type(error).__name__}: {error})")
+        else:
+            return _reconciled(answer, certain).with_notes(tuple(notes))
     return certain.with_notes(tuple(notes))
 
 

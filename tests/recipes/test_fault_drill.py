@@ -25,9 +25,11 @@ def drill(monkeypatch) -> ModuleType:
 
 
 def test_a_short_drill_finds_nothing_forgotten(drill, tmp_path):
-    found = drill.main(["--kills", "2", "--report", str(tmp_path / "report.md")])
-    assert found.kills == 2 and found.finished_runs >= 1 and found.charged >= found.drawn >= drill.STEPS
-    assert "| kills by SIGKILL at random moments | 2 |" in (tmp_path / "report.md").read_text()
+    found = drill.main(["--kills", "2", "--terminations", "1", "--report", str(tmp_path / "report.md")])
+    assert (found.kills, found.terminations) == (2, 1)
+    assert found.finished_runs >= 1 and found.charged >= found.drawn >= drill.STEPS
+    report = (tmp_path / "report.md").read_text()
+    assert "| kills by SIGKILL at random moments | 2 |" in report and "with exit code 143 | 1 |" in report
 
 
 def test_noise_that_is_not_in_the_ledger_or_drawn_twice_is_noticed(drill, tmp_path):
