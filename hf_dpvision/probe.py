@@ -22,13 +22,22 @@ def describe_example(dataset: Any, collate: Callable[[list[Any]], Any], label_na
     """Return one collated example as tensors on the meta device: names, shapes `[1, ...]` and dtypes, no values.
 
     Raises:
-        DataRefused: one index does not give one example; the collator fails on it; the collated example is not a
-            mapping of tensors with a first dimension of 1, or has no labels; or the collator mixes the pixels of
-            examples.
+        DataRefused: example 0 cannot be read; one index does not give one example; the collator fails on it; the
+            collated example is not a mapping of tensors with a first dimension of 1, or has no labels; or the
+            collator mixes the pixels of examples.
     """
     # the way the training loader reads it, without a draw from the global generator
     one = DataLoader(dataset, batch_sampler=[[0]], collate_fn=list, generator=torch.Generator())
-    examples = next(iter(one))
+    try:
+        examples = next(iter(one))
+    except DPVisionError:
+        raise
+    except Exception as error:
+        raise DataRefused(
+            f"Index 0 of train_dataset cannot be read: {type(error).__name__}: {error}. Example 0 tells what examples "
+            "look like, so it has to be whole. If every example fails, mend the transform; if this one is broken, "
+            "repair or remove it. (Broken examples met in training contribute nothing.)"
+        ) from error
     if len(examples) != 1:
         raise DataRefused(
             f"Index 0 of train_dataset gives {len(examples)} examples: a transform adds or drops rows, so one private "

@@ -13,6 +13,7 @@ import torch
 from trainer_cases import Linear, trainer
 from transformers import TrainerCallback
 
+from hf_dpvision.drafts import Draft
 from hf_dpvision.mechanism import PrivateMechanism
 from hf_dpvision.noise import NoiseSource
 from hf_dpvision.trainer import DPTrainer
@@ -20,7 +21,8 @@ from hf_dpvision.trainer import DPTrainer
 
 STEPS = 9
 SETTINGS = {"save_strategy": "steps", "save_steps": 2, "max_steps": STEPS, "optim": "adamw_torch", "seed": None}
-PLACES = ("gradient", "charging", "charged", "noise", "update", "weights saved", "state unsaved", "saved")
+PLACES = ("gradient", "charging", "charged", "noise", "update", "weights saved", "state unsaved", "save published",
+          "saved")  # fmt: skip
 
 
 class Killer:
@@ -94,6 +96,7 @@ def live(folder: Path, log: Path, place: str, time: int, resume: bool) -> None:
     PrivateMechanism.charge = killer.after("charged", PrivateMechanism.charge)
     PrivateMechanism.add_noise = killer.after("noise", PrivateMechanism.add_noise)
     DPTrainer._save = killer.after("weights saved", DPTrainer._save)
+    Draft.publish = killer.after("save published", Draft.publish)
     DPTrainer._save_rng_state = killer.after("state unsaved", DPTrainer._save_rng_state)
     run = trainer(folder, Linear(), callbacks=[Update(killer)], **SETTINGS)
     run.train(resume_from_checkpoint=resume)

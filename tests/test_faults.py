@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -260,9 +261,10 @@ def test_a_microbatch_of_broken_examples_alone_is_a_step_of_noise(tmp_path):
     assert run._run.ledger.steps == run.state.global_step == 4
 
 
+@pytest.mark.filterwarnings("ignore:something odd")  # the check beforehand holds no warnings back
 def test_a_data_set_whose_first_example_is_broken_is_refused_before_the_first_step(tmp_path):
     run = trainer(tmp_path, Linear(), train_dataset=PartlyBroken({0: bomb}))
-    with pytest.raises(PILImage.DecompressionBombError):
+    with pytest.raises(DataRefused, match="Index 0 .*DecompressionBombError: too many pixels.*repair or remove"):
         run.train()
     assert run.epsilon().upper == 0 and not (tmp_path / "privacy").exists()
 
@@ -522,6 +524,20 @@ def test_a_step_that_cannot_be_finished_after_sigterm_is_given_up(tmp_path):
     assert process.exitcode == 143
     behind = find_resume_point(True, tmp_path).step
     assert behind in (2, 3) and behind <= read_journal(tmp_path).ledger.steps <= 3
+
+
+def test_where_signals_cannot_be_watched_training_goes_on_as_ever(tmp_path):
+    run = trainer(tmp_path, Linear())
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(run.train).result()
+    assert run.state.global_step == 4
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        run = trainer(tmp_path / "ignored", Linear(), callbacks=[Sigterm("begin", 2)])
+        run.train()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert run.state.global_step == 4
 
 
 def test_a_checkpoint_that_cannot_be_saved_is_told_also_after_sigterm(tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from .examples import undecoded
 from .images import read_image
 
 
+_LISTED = 100
 LONG_PASS = 2000  # images; checking more than this shows a progress bar
 
 
@@ -93,17 +94,26 @@ def check_labels(dataset: Dataset, column: str, names: Sequence[str], part: str 
 
 
 def check_images(dataset: Dataset, columns: Columns, part: str = "train", quiet: bool = False) -> None:
-    """Decode every image once, so that a broken file stops the run now and not in the middle of it.
+    """Decode every image once, so that broken files are known before a run in which they would contribute nothing.
 
-    Shows a progress bar for more than `LONG_PASS` images, unless `quiet`.
+    Shows a progress bar for more than `LONG_PASS` images, unless `quiet`. It looks at private data, and its answer is
+    not covered by any guarantee.
 
     Raises:
-        DataRefused: naming the index of the first image that cannot be read.
+        DataRefused: naming the images that cannot be read, and what is wrong with the first.
     """
     rows = undecoded(dataset.select_columns([columns.image]), columns.image)
     hidden = quiet or len(rows) <= LONG_PASS
+    broken: dict[int, str] = {}
     for index, row in enumerate(tqdm(rows, desc=f"checking the images of {part!r}", unit=" images", disable=hidden)):
-        read_image(row[columns.image], index, part)
+        try:
+            read_image(row[columns.image], index, part)
+        except DataRefused as error:
+            broken[index] = str(error)
+    if broken:
+        first, *more = broken
+        others = ", ".join(str(index) for index in more[:_LISTED]) + (", ..." if len(more) > _LISTED else "")
+        raise DataRefused(broken[first] + (f" So are {len(more)} others: examples {others}." if more else ""))
 
 
 def _column(dataset: Dataset, column: str) -> pa.ChunkedArray:

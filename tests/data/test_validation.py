@@ -88,6 +88,12 @@ def test_an_unreadable_image_is_named_before_training():
         check_images(_pictures(3), Columns("image", "label"))
 
 
+def test_the_check_names_every_broken_image():
+    rows = Dataset.from_dict({"image": [b"1", None, b"3"], "label": [0, 1, 2]})
+    with pytest.raises(DataRefused, match="example 0 of part 'train' .*So are 2 others: examples 1, 2"):
+        check_images(rows, Columns("image", "label"))
+
+
 def test_a_long_check_shows_its_progress(monkeypatch, capsys):
     monkeypatch.setattr("hf_dpvision.data.validation.LONG_PASS", 3)
     check_images(_pictures(None), Columns("image", "label"))
