@@ -67,3 +67,9 @@ def test_without_dp_accounting_the_rdp_bound_answers_and_says_why():
     bounds = accounting.epsilon(sample_rate=0.01, noise_multiplier=1.0, steps=10**7, delta=1e-5)
     assert bounds.accountant == "rdp" and bounds.lower == 0.0
     assert [note.partition(":")[0] for note in bounds.notes] == ["prv", "pld"]
+
+
+@needs_pld
+def test_more_steps_than_dp_accounting_composes_in_seconds_are_declined():
+    with pytest.raises(Declined, match="too many"):
+        pld.epsilon([Event(0.02, 1.0, 10**7 + 1)], 1e-5)
