@@ -57,7 +57,7 @@ def epsilon(ledger: Sequence[Event], delta: float, coarser: float = 1.0) -> Boun
 
     steps = sum(event.steps for event in ledger)
     if steps > _MOST_STEPS:
-        raise Declined(f"pld: {steps} steps are too many for dp-accounting, which takes hours from {_MOST_STEPS:.0e} on")
+        raise Declined(f"pld: {steps} steps are too many for dp-accounting, which needs hours for them")
     reach = _reach(ledger)
     finest = coarser * reach * len(ledger) / MAX_POINTS
     rough = renyi.epsilon_from(renyi.composed_divergence(ledger), delta)

@@ -95,7 +95,8 @@ def test_a_run_leaves_model_statement_card_results_and_a_row(recipe, workplace, 
     assert 0 < record.epsilon <= 8 and record.delta == 1e-3
 
     statement = json.loads((out / "privacy.json").read_text())
-    assert statement["guarantee"] == {"epsilon": record.epsilon, "delta": 1e-3} and statement["steps"] == 3
+    assert statement["guarantee"]["epsilon"] == record.epsilon and statement["guarantee"]["delta"] == 1e-3
+    assert statement["steps"] == 3 and statement["dataset"] == "train"
     card = ModelCard.load(out / "README.md")
     assert card.data.to_dict()["differential_privacy"]["guarantee"]["epsilon"] == record.epsilon
     assert json.loads((out / "results.json").read_text())["scores"] == record.scores
