@@ -26,7 +26,6 @@ STATEMENT_FILE = "privacy.json"
 SCHEMA_VERSION = "1.1"  # the fields are described in schemas/privacy-1.1.json
 NEIGHBORS = "zero-out"
 
-_PACKAGES = {"prv": "prv-accountant", "pld": "dp-accounting"}
 _SOFTWARE = ("torch", "transformers", "timm", "accelerate", "prv-accountant")
 _UNPROTECTED = (
     "No differential privacy: epsilon is infinite. Gradients were neither clipped nor covered by noise, so the "
@@ -166,11 +165,10 @@ def _gdp(run: RunRecord) -> dict[str, Any] | None:
 
 
 def _accountant(bounds: Bounds) -> dict[str, Any]:
-    package = _PACKAGES.get(bounds.accountant, "hf_dpvision")
     return {
         "name": bounds.accountant,
-        "package": package,
-        "version": __version__ if package == "hf_dpvision" else version(package),
+        "package": bounds.package,
+        "version": __version__ if bounds.package == "hf_dpvision" else version(bounds.package),
         "lower": _jsonable(bounds.lower),
         "estimate": _jsonable(bounds.estimate),
         "upper": _jsonable(bounds.upper),

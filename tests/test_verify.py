@@ -7,8 +7,10 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from trainer_cases import Linear, trainer
 
 from hf_dpvision import cli, verify
 from hf_dpvision.accounting import pld
@@ -231,3 +233,79 @@ def test_unknown_accountants_are_refused(tmp_path):
 def test_differences_name_every_leaf():
     one, other = {"a": 1, "b": [1, {"c": 2.0}], "d": True}, {"a": 1.0, "b": [1, {"c": 3.0}], "d": 1, "e": None}
     assert list(differences(one, other)) == [("b[1].c", 2.0, 3.0), ("d", True, 1), ("e", ..., None)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [
+        ({"seed": None, "accountant": "prv"}, 4),
+        ({"seed": None, "accountant": "rdp", "clipping": "automatic", "per_sample_max_grad_norm": 0.3}, 4),
+        pytest.param({"seed": None, "accountant": "pld"}, 4, marks=needs_pld),
+        ({"seed": None, "logical_batch_size": 64}, 4),  # every example in every step: closed form
+        ({"seed": None, "noise_multiplier": 0.03, "accountant": "prv"}, 1),  # below what prv-accountant answers
+        ({"seed": None, "disable_dp": True}, 4),
+        ({"seed": 0}, 4),  # whose noise can be subtracted, so that it claims nothing
+        ({"seed": None}, 0),
+    ],
+)
+def test_every_kind_of_run_is_verified_as_it_is(tmp_path, changes, steps):
+    run = trainer(tmp_path, Linear(), **changes, max_steps=max(steps, 1))
+    if steps:
+        run.train()
+    run.save_model()
+    run.create_model_card()
+    result = verify.verify_folder(tmp_path, ("prv",), forbidden=lambda folder: [])
+    assert [str(finding) for finding in result.findings] == []
+
+
+def test_the_ledger_of_another_run_beside_the_statement_is_named(tmp_path):
+    for name in ("one", "other"):
+        run = trainer(tmp_path / name, Linear(), seed=None)
+        run.train()
+        run.save_model()
+        run.create_model_card()
+    shutil.copy(tmp_path / "other" / "privacy" / "ledger.jsonl", tmp_path / "one" / "privacy" / "ledger.jsonl")
+    found = verify.verify_folder(tmp_path / "one", ("prv",), forbidden=lambda folder: []).findings
+    assert [finding.field for finding in found] == ["ledger"]
+
+
+def test_a_finite_epsilon_without_its_grounds_has_not_the_form_of_a_statement(tmp_path):
+    statement = statement_of(HONEST) | {"clipping": None, "mechanism": "none"}
+    statement["guarantee"]["gdp"] = None
+    folder = shutil.copytree(HONEST, tmp_path / "model")
+    write_statement(folder, statement)
+    assert {"clipping", "mechanism", "guarantee.gdp"} == {one.field for one in findings(folder)}
+
+
+def test_a_model_of_the_hub_is_verified_without_its_weights(monkeypatch, capsys):
+    """A stand-in for the Hub's client: one repository, one commit, a list of what was fetched."""
+    fetched = []
+
+    class Hub:
+        def model_info(self, name: str) -> SimpleNamespace:
+            names = ["README.md", "privacy.json", "model.safetensors", "optimizer.pt"]
+            return SimpleNamespace(sha="c0ffee", siblings=[SimpleNamespace(rfilename=file) for file in names])
+
+        def hf_hub_download(self, name: str, file: str, revision: str) -> str:
+            fetched.append((name, file, revision))
+            return str(HONEST / file)
+
+    monkeypatch.setattr("hf_dpvision.verify.hub.HfApi", Hub)
+    assert cli.main(["verify", "owner/name", "--accountants", "prv"]) == 1
+    out = capsys.readouterr().out
+    assert "1 difference" in out and "optimizer.pt: may not be released" in out
+    assert fetched == [("owner/name", "README.md", "c0ffee"), ("owner/name", "privacy.json", "c0ffee")]
+    assert cli.main(["statement", "owner/name"]) == 0
+
+
+def test_results_of_other_versions_may_differ_by_the_discretisation_only(tmp_path):
+    statement = statement_of(HONEST)
+    for name in ("lower", "estimate", "upper"):
+        statement["accountant"][name] += 0.015
+    statement["guarantee"]["epsilon"] = statement["accountant"]["upper"]
+    assert "accountant.upper" in {one.field for one in findings(released(tmp_path, statement))}
+    statement["accountant"]["version"] = "0.1.1"
+    named = {one.field for one in findings(released(tmp_path, statement))}
+    assert "accountant.upper" not in named and "guarantee.epsilon" not in named
+    statement["accountant"]["upper"] = statement["guarantee"]["epsilon"] = 2.5
+    assert "guarantee.epsilon" in {one.field for one in findings(released(tmp_path, statement))}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+from .. import __version__
 from ..accounting import Bounds, Event, gaussian, gdp, pld, prv, rdp, routing
 from ..accounting.bounds import Declined
 from ..accounting.events import segments
@@ -45,11 +46,12 @@ def recompute(statement: Mapping[str, Any], accountants: Sequence[str], where: s
         return Recomputed({}, ("without privacy there is no epsilon to compute",), ())
     try:
         events = [Event(**event) for event in statement["events"]]
-        again = routing.epsilon_of(events, delta, _asked(statement["accountant"]["name"]))
     except ArgumentRefused as error:
         return Recomputed({}, (), (Finding(where, "events", str(error)),))
-    except AccountingError as error:
-        return Recomputed({}, (), (Finding(where, "guarantee.epsilon", str(error)),))
+    try:
+        again = routing.epsilon_of(events, delta, _asked(statement["accountant"]["name"]))
+    except (ArgumentRefused, AccountingError) as error:
+        return Recomputed({}, (), (Finding(where, "guarantee.epsilon", f"not computed again: {error}"),))
     findings = list(_repeated(statement, again, where))
     bounds, notes = {}, []
     if again.accountant != "exact":
@@ -81,22 +83,24 @@ def _repeated(statement: Mapping[str, Any], again: Bounds, where: str) -> Iterat
     if again.accountant != stated["name"]:
         yield difference(where, "accountant.name", stated["name"], again.accountant, "who answers for these events")
         return
-    found = again.to_dict()
+    if again.package != stated["package"]:
+        yield difference(where, "accountant.package", stated["package"], again.package, "that of accountant.name")
+    found, allowed = again.to_dict(), 0.0 if _same_versions(statement, again) else 2 * again.eps_error
     why = f"{again.accountant} computed it again from events and guarantee.delta"
     fields = ("upper",) if again.accountant == "rdp" else ("upper", *_DESCRIPTIVE)  # its lower end is another's
     for name in fields:
-        if not _agrees(stated[name], found[name], _allowed(stated)):
+        if not _agrees(stated[name], found[name], allowed):
             yield difference(where, f"accountant.{name}", stated[name], found[name], why)
     if statement["guarantee"]["epsilon"] != "inf":
-        if not _agrees(statement["guarantee"]["epsilon"], found["upper"], _allowed(stated)):
+        if not _agrees(statement["guarantee"]["epsilon"], found["upper"], allowed):
             yield difference(where, "guarantee.epsilon", statement["guarantee"]["epsilon"], found["upper"], why)
 
 
-def _allowed(stated: Mapping[str, Any]) -> float:
-    """How far a repeated result may lie off: nothing but rounding, or the stated error if the version is another."""
-    if stated["package"] == "hf_dpvision" or version(stated["package"]) == stated["version"]:
-        return 0.0
-    return 2 * stated["eps_error"]
+def _same_versions(statement: Mapping[str, Any], again: Bounds) -> bool:
+    """Whether the run's accountant was the one at hand: then its result repeats but for rounding."""
+    ours = statement["software"].get("hf_dpvision") == __version__
+    installed = __version__ if again.package == "hf_dpvision" else version(again.package)
+    return ours and installed == statement["accountant"]["version"]
 
 
 def _agrees(stated: float | str, found: float | str, allowed: float) -> bool:
@@ -125,7 +129,7 @@ def _gdp(statement: Mapping[str, Any], events: Sequence[Event], again: Bounds, w
     stated, found = statement["guarantee"]["gdp"], gdp.bound(events, again)
     if stated is None or found is None:
         return  # whether there should be one is a matter of consistency
-    tolerance = 1e-5 if _allowed(statement["accountant"]) == 0.0 else _OTHER_VERSION
+    tolerance = 1e-5 if _same_versions(statement, again) else _OTHER_VERSION
     for name in ("mu", "delta_min"):
         if abs(stated[name] - getattr(found, name)) > tolerance * getattr(found, name):
             why = "computed again from events and guarantee.delta"
