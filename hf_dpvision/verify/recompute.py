@@ -1,4 +1,4 @@
-"""Compute epsilon of a statement again, from its events and its delta alone, with accountants that share no code."""
+"""Compute epsilon of a statement again, from its events and its delta alone, with independent accountants."""
 
 from __future__ import annotations
 
