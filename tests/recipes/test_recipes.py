@@ -203,11 +203,10 @@ def test_every_shipped_configuration_is_accepted(recipe, config):
     assert training_args.target_epsilon <= 8 and math.isfinite(training_args.target_delta)
 
 
-def test_the_cifar_configuration_says_when_its_data_is_absent(recipe, tmp_path):
+@pytest.mark.parametrize("config", ["cifar10_deit_tiny.yaml", "cifar100_deit_tiny.yaml"])
+def test_a_cifar_configuration_says_when_its_data_is_absent(recipe, tmp_path, config):
     with pytest.raises(DataRefused, match="this data set is not on this machine"):
-        recipe.main(
-            ["--config", str(RECIPES / "cifar10_deit_tiny.yaml"), "--train_files", str(tmp_path / "train-*.parquet")]
-        )
+        recipe.main(["--config", str(RECIPES / config), "--train_files", str(tmp_path / "train-*.parquet")])
 
 
 def test_the_script_ends_with_one_line_and_an_exit_code_on_bad_input(workplace):
