@@ -19,8 +19,8 @@ CARD_NAME = "README.md"
 _TEMPLATE = "model_card.md.jinja"
 _BLOCKS = ("summary", "details")  # what the card says about privacy, each between a comment and the next
 END_OF_BLOCK = "<!-- end -->"
-_TAGS = ("image-classification", "differential-privacy", "dp-sgd", "hf-dpvision", "generated_from_trainer")
-_TAGS_WITHOUT = ("image-classification", "hf-dpvision", "generated_from_trainer")
+PRIVACY_TAGS = ("differential-privacy", "dp-sgd")  # only where something is guaranteed
+_TAGS = ("image-classification", "hf-dpvision", "generated_from_trainer")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # owner and name; a bare word could be any local folder
 
 
@@ -105,7 +105,7 @@ def render_model_card(
         license=license,
         library_name=library_name,
         pipeline_tag="image-classification",
-        tags=list(_TAGS if is_protected(statement) else _TAGS_WITHOUT),
+        tags=[*_TAGS, *(PRIVACY_TAGS if is_protected(statement) else ())],
         eval_results=[_eval_result(result) for result in results if result.released] or None,
         differential_privacy=dict(statement),
     )

@@ -258,6 +258,20 @@ def test_every_kind_of_run_is_verified_as_it_is(tmp_path, changes, steps):
     assert [str(finding) for finding in result.findings] == []
 
 
+def test_an_unprotected_model_may_not_carry_the_tags_of_a_private_one(tmp_path, capsys):
+    run = trainer(tmp_path, Linear(), seed=None, disable_dp=True)
+    run.train()
+    run.create_model_card()
+    write_statement(tmp_path, run.privacy_statement())
+    (tmp_path / "training_args.bin").unlink(missing_ok=True)
+    capsys.readouterr()
+    assert cli.main(["verify", str(tmp_path)]) == 0
+    assert "no privacy, epsilon is infinite" in capsys.readouterr().out
+    card = tmp_path / "README.md"
+    card.write_text(card.read_text().replace("- hf-dpvision\n", "- hf-dpvision\n- dp-sgd\n"))
+    assert [finding.field for finding in findings(tmp_path)] == ["tags"]
+
+
 def test_the_ledger_of_another_run_beside_the_statement_is_named(tmp_path):
     for name in ("one", "other"):
         run = trainer(tmp_path / name, Linear(), seed=None)

@@ -10,10 +10,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Answer:
-    """Args:
-    report: plain values for `--json`.
-    text: the same for people.
-    code: exit code; 0 unless what was asked about is not as it should be.
+    """What a command answers.
+
+    Args:
+        report: plain values for `--json`.
+        text: the same for people.
+        code: exit code; 0 unless what was asked about is not as it should be.
     """
 
     report: Any

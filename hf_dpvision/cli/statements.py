@@ -60,7 +60,8 @@ def _told(result: Verification) -> str:
     from ..accounting.claim import round_down, round_up
 
     lines = [] if result.statement is None else [_stated(result.statement)]
-    for name, bounds in result.epsilons.items():
+    claims = result.statement is not None and result.statement["guarantee"]["epsilon"] != "inf"
+    for name, bounds in result.epsilons.items() if claims else ():
         lower = f"{round_down(bounds.lower)} to " if bounds.lower else "at most "
         lines.append(f"  {name:<9} {lower}{round_up(bounds.upper)}")
     lines += [f"  note: {note}" for note in result.notes]

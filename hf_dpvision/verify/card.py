@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from .. import __version__
-from ..model_card import CARD_NAME, END_OF_BLOCK, privacy_blocks
+from ..model_card import CARD_NAME, END_OF_BLOCK, PRIVACY_TAGS, privacy_blocks
+from ..wording import is_protected
 from .findings import Finding, as_plain_mapping, difference, differences
 
 
@@ -58,6 +59,9 @@ def _front_matter(front: str, statement: Mapping[str, Any], where: str) -> Itera
         return
     for path, stated, expected in differences(content[KEY], statement):
         yield difference(where, f"{KEY}.{path}", stated, expected, "privacy.json")
+    claimed = [tag for tag in content.get("tags") or () if tag in PRIVACY_TAGS]
+    if claimed and not is_protected(statement):
+        yield difference(where, "tags", claimed, [], "nothing is guaranteed")
 
 
 def _body(body: str, statement: Mapping[str, Any], where: str) -> Iterator[Finding]:

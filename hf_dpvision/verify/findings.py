@@ -13,10 +13,12 @@ _LONGEST = 100  # characters of a value that are shown
 
 @dataclass(frozen=True)
 class Finding:
-    """Args:
-    where: the file, relative to the folder.
-    field: path of the field, such as `noise.multiplier` or `events[0].steps`; of a card, the part.
-    problem: what is stated, what was expected, and why.
+    """What is wrong, and where.
+
+    Args:
+        where: the file, relative to the folder.
+        field: path of the field, such as `noise.multiplier` or `events[0].steps`; of a card, the part.
+        problem: what is stated, what was expected, and why.
     """
 
     where: str
