@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 
-from .accounting.claim import round_up
 from .errors import ArgumentRefused
+from .wording import COVERED, is_protected, plain_sentences, rows
 
 
 CARD_NAME = "README.md"
 _TEMPLATE = "model_card.md.jinja"
-_TAGS = ("image-classification", "differential-privacy", "dp-sgd", "hf-dpvision", "generated_from_trainer")
-_TAGS_WITHOUT = ("image-classification", "hf-dpvision", "generated_from_trainer")
+_BLOCKS = ("summary", "details")  # what the card says about privacy, each between a comment and the next
+END_OF_BLOCK = "<!-- end -->"
+PRIVACY_TAGS = ("differential-privacy", "dp-sgd")  # only where something is guaranteed
+_TAGS = ("image-classification", "hf-dpvision", "generated_from_trainer")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # owner and name; a bare word could be any local folder
 
 
@@ -71,7 +71,7 @@ def render_model_card(
         model_name: title, and name of the model in the usage example.
         base_model: the model that was fine-tuned, by default that of the statement. A Hub id enters the front matter;
             of a local path only the last component is shown.
-        datasets: Hub ids enter the front matter; other names are shown in the text.
+        datasets: by default that of the statement. Hub ids enter the front matter; other names are shown in the text.
         license: identifier as the Hub knows it, such as `apache-2.0`.
         library_name: `transformers`, `timm` or `peft`.
         results: measured values; those marked `released` enter `model-index`.
@@ -81,16 +81,17 @@ def render_model_card(
         ArgumentRefused: the statement lacks a field that the card must state.
     """
     base_model = base_model or statement.get("base_model")
-    template = _environment().get_template(_TEMPLATE)
+    datasets = datasets or [name for name in [statement.get("dataset")] if name]
     try:
-        text = template.render(
+        text = _environment().get_template(_TEMPLATE).render(
             model_name=_last_part(model_name),
             base_model=_shown(base_model),
-            datasets=[_shown(name) for name in datasets],
+            dataset=", ".join(_shown(name) for name in datasets),
             results=results,
             training=training or {},
             statement=statement,
-            protected=statement["guarantee"]["epsilon"] != "inf",
+            protected=is_protected(statement),
+            **dict(zip(_BLOCKS, privacy_blocks(statement), strict=True)),
         )
     except (KeyError, UndefinedError) as error:
         raise ArgumentRefused(
@@ -104,11 +105,36 @@ def render_model_card(
         license=license,
         library_name=library_name,
         pipeline_tag="image-classification",
-        tags=list(_TAGS if statement["guarantee"]["epsilon"] != "inf" else _TAGS_WITHOUT),
+        tags=[*_TAGS, *(PRIVACY_TAGS if is_protected(statement) else ())],
         eval_results=[_eval_result(result) for result in results if result.released] or None,
-        differential_privacy={name: value for name, value in statement.items() if name != "claim"},
+        differential_privacy=dict(statement),
     )
     return f"---\n{front.to_yaml().strip()}\n---\n\n{text}"
+
+
+def privacy_blocks(statement: Mapping[str, Any]) -> list[str]:
+    """Return the parts of the card that speak of privacy, each between two comments by which it is found again.
+
+    They depend on the statement alone, so that whoever has `privacy.json` can render and compare them.
+
+    Raises:
+        KeyError, UndefinedError: the statement lacks a field.
+    """
+    protected = is_protected(statement)
+    contents = {
+        "paragraphs": plain_sentences(statement),
+        "rows": rows(statement) if protected else [],
+        "covered": COVERED,
+        "statement": statement,
+        "protected": protected,
+    }
+    texts = {name: _environment().get_template(f"privacy_{name}.md.jinja").render(contents) for name in _BLOCKS}
+    return [f"{block_marker(name)}\n{text.strip()}\n{END_OF_BLOCK}" for name, text in texts.items()]
+
+
+def block_marker(name: str) -> str:
+    """Return the comment with which a block starts: `summary` or `details`."""
+    return f"<!-- privacy {name}: rendered from privacy.json and compared by hf-dpvision verify, do not edit -->"
 
 
 def write_model_card(folder: str | Path, statement: Mapping[str, Any], **card: Any) -> Path:
@@ -128,14 +154,8 @@ def _environment() -> Environment:
         keep_trailing_newline=True,
         autoescape=False,  # Markdown, not HTML
     )
-    environment.filters |= {"up": partial(round_up, digits=3), "odds": _odds, "cell": _cell}
+    environment.filters |= {"cell": _cell}
     return environment
-
-
-def _odds(epsilon: float) -> str:
-    """The largest factor e^epsilon by which the odds of one image's membership can change, rounded up."""
-    factor = math.exp(min(epsilon, 700.0))
-    return f"{factor:.3g}" if factor > 1e6 else round_up(factor, digits=1 if factor < 100 else 0)
 
 
 def _cell(value: object) -> str:

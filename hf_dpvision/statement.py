@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -17,14 +19,14 @@ from .accounting import Bounds, Ledger, claim
 from .accounting.journal import Mark
 from .clipping import Clipping
 from .training_args import DPTrainingArguments
+from .wording import UNITS, not_covered
 
 
 STATEMENT_FILE = "privacy.json"
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.1"  # the fields are described in schemas/privacy-1.1.json
 NEIGHBORS = "zero-out"
 
-_PACKAGES = {"prv": "prv-accountant", "pld": "dp-accounting"}
-_UNITS = {"example": "one training image (one record of the training set)"}
+_SOFTWARE = ("torch", "transformers", "timm", "accelerate", "prv-accountant")
 _UNPROTECTED = (
     "No differential privacy: epsilon is infinite. Gradients were neither clipped nor covered by noise, so the "
     "weights may contain the training images."
@@ -88,7 +90,7 @@ class RunRecord:
             self.ledger,
             clip_norm=self.clipping.sensitivity(),
             dataset_size=self.dataset_size or None,
-            privacy_unit=_UNITS[self.args.privacy_unit],
+            privacy_unit=UNITS[self.args.privacy_unit],
         )
 
 
@@ -100,9 +102,10 @@ def make_statement(run: RunRecord, model: nn.Module) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "applies_to": "fine-tuning",
         "base_model": run.base_model,
+        "dataset": args.train_data_name,
         "mechanism": "none" if run.without_privacy else "dp-sgd",
         "definition": "approximate-dp",
-        "guarantee": {"epsilon": _jsonable(epsilon), "delta": args.target_delta},
+        "guarantee": {"epsilon": _jsonable(epsilon), "delta": args.target_delta, "gdp": _gdp(run)},
         "accountant": _accountant(run.bounds),
         "unit_of_privacy": args.privacy_unit,
         "neighboring_relation": NEIGHBORS,
@@ -129,10 +132,11 @@ def make_statement(run: RunRecord, model: nn.Module) -> dict[str, Any]:
         ],
         "ledger": None if run.mark is None or run.without_privacy else asdict(run.mark),
         "trainable_parameters": _trainable(model),
+        "not_covered": not_covered(args.eval_data),
         "hyperparameter_tuning": {"on_private_data": "unknown", "runs_accounted": 1},
         "evaluation": {"data": args.eval_data, "metrics_are_private": args.eval_data == "private"},
         "unsafe_flags": _unsafe_flags(run),
-        "software": {"hf_dpvision": __version__} | {name: version(name) for name in ("torch", "transformers")},
+        "software": {"hf_dpvision": __version__} | {name: version(name) for name in _SOFTWARE},
         "claim": run.claim(),
     }
     return statement
@@ -155,12 +159,16 @@ def write_statement(folder: str | Path, statement: Mapping[str, Any]) -> Path:
     return path
 
 
+def _gdp(run: RunRecord) -> dict[str, Any] | None:
+    bound = run.ledger.gdp(run.bounds) if run.private else None
+    return None if bound is None else asdict(bound)
+
+
 def _accountant(bounds: Bounds) -> dict[str, Any]:
-    package = _PACKAGES.get(bounds.accountant, "hf_dpvision")
     return {
         "name": bounds.accountant,
-        "package": package,
-        "version": __version__ if package == "hf_dpvision" else version(package),
+        "package": bounds.package,
+        "version": __version__ if bounds.package == "hf_dpvision" else version(bounds.package),
         "lower": _jsonable(bounds.lower),
         "estimate": _jsonable(bounds.estimate),
         "upper": _jsonable(bounds.upper),
@@ -185,10 +193,22 @@ def _clipping(run: RunRecord) -> dict[str, Any] | None:
 
 
 def _trainable(model: nn.Module) -> dict[str, Any]:
-    counts = {True: 0, False: 0}
-    for parameter in model.parameters():
+    counts, names = {True: 0, False: 0}, {True: Counter(), False: Counter()}
+    for name, parameter in model.named_parameters():
         counts[parameter.requires_grad] += parameter.numel()
-    return {"scope": "subset" if counts[False] else "all", "trained": counts[True], "frozen": counts[False]}
+        names[parameter.requires_grad][_without_numbers(name)] += 1
+    return {
+        "scope": "subset" if counts[False] else "all",
+        "trained": counts[True],
+        "frozen": counts[False],
+        "trained_tensors": dict(names[True]),
+        "frozen_tensors": dict(names[False]),
+    }
+
+
+def _without_numbers(name: str) -> str:
+    """Name the tensors of all blocks alike: `blocks.3.norm1.weight` becomes `blocks.*.norm1.weight`."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", "*", name)
 
 
 def _unsafe_flags(run: RunRecord) -> list[str]:

@@ -105,6 +105,10 @@ class DPTrainingArguments(TrainingArguments):
     privacy_unit: str = field(
         default="example", metadata={"help": "Whom the guarantee protects.", "choices": list(PRIVACY_UNITS)}
     )
+    train_data_name: str | None = field(
+        default=None,
+        metadata={"help": "Public name of the training data, such as its Hub id, for the privacy statement."},
+    )
     disable_dp: bool = field(
         default=False,
         metadata={

@@ -162,6 +162,7 @@ def main(command_line: list[str]) -> RecipeRecord:
     if not (training_args.do_train or training_args.do_eval):
         training_args.do_train = training_args.do_eval = True
     training_args.dataloader_pin_memory &= torch.cuda.is_available()
+    training_args.train_data_name = training_args.train_data_name or data_name(data_args)
     say = print if training_args.process_index == 0 else (lambda text: None)
     resume = resume_point(training_args)
     if training_args.do_train and not training_args.disable_dp and resume is None:

@@ -60,7 +60,7 @@ def test_the_front_matter_survives_a_round_trip_with_its_numbers(tmp_path):
     )
     front = _front_matter(text)
     privacy = front["differential_privacy"]
-    assert privacy == {name: value for name, value in statement.items() if name != "claim"}
+    assert privacy == statement
     assert isinstance(privacy["guarantee"]["delta"], float) and isinstance(privacy["guarantee"]["epsilon"], float)
     assert front["base_model"] == "owner/tiny-beit" and front["datasets"] == ["uoft-cs/cifar10"]
     assert front["license"] == "apache-2.0" and front["pipeline_tag"] == "image-classification"
@@ -74,7 +74,7 @@ def test_the_text_states_the_bound_rounded_up_and_the_whole_claim(tmp_path):
     statement = _statement(tmp_path)
     statement["guarantee"]["epsilon"] = 1.00001
     text = render_model_card(statement, model_name="tiny")
-    assert "epsilon at most **1.001** at delta **1e-05**" in text
+    assert "epsilon at most 1.001 at delta 1e-05" in text
     assert statement["claim"] in text
     factor = float(re.search(r"by a factor of at most ([\d.]+)", text).group(1))
     assert math.exp(1.00001) <= factor <= math.exp(1.00001) + 0.1

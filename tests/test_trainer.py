@@ -361,12 +361,16 @@ def test_the_statement_says_what_was_done(tmp_path):
     run.model.head.bias.requires_grad_(False)
     run.train()
     said = run.privacy_statement()
-    assert said["guarantee"] == {"epsilon": run.epsilon().upper, "delta": 1e-4}
+    assert said["guarantee"]["epsilon"] == run.epsilon().upper and said["guarantee"]["delta"] == 1e-4
+    assert said["guarantee"]["gdp"]["kind"] == "upper-bound" and 0 < said["guarantee"]["gdp"]["mu"] < 6**0.5
     assert said["sampling"]["rate"] == 1 / 8 and said["sampling"]["dataset_size"] == 64
     assert said["noise"]["multiplier"] == 1.0 and said["noise"]["std"] == 0.5
     assert said["clipping"]["sensitivity"] == 0.5 and said["clipping"]["function"] == "automatic"
     assert said["steps"] == 6 and said["unsafe_flags"] == []
-    assert said["trainable_parameters"] == {"scope": "subset", "trained": 3 * 768, "frozen": 3}
+    assert said["trainable_parameters"] == {
+        "scope": "subset", "trained": 3 * 768, "frozen": 3,
+        "trained_tensors": {"head.weight": 1}, "frozen_tensors": {"head.bias": 1},
+    }  # fmt: skip
     assert "T = 6 steps" in said["claim"] and "zeroed out" in said["claim"] and "N = 64" in said["claim"]
     assert json.loads(json.dumps(said, allow_nan=False)) == said
 

@@ -4,8 +4,9 @@ from .bounds import Bounds
 from .calibration import noise_multiplier
 from .claim import claim
 from .events import Event
+from .gdp import GaussianBound
 from .ledger import Ledger
 from .routing import epsilon
 
 
-__all__ = ["Bounds", "Event", "Ledger", "claim", "epsilon", "noise_multiplier"]
+__all__ = ["Bounds", "Event", "GaussianBound", "Ledger", "claim", "epsilon", "noise_multiplier"]

@@ -7,6 +7,9 @@ from dataclasses import dataclass, replace
 from hf_dpvision.errors import AccountingError
 
 
+_PACKAGES = {"prv": "prv-accountant", "pld": "dp-accounting"}
+
+
 class Declined(AccountingError):
     """This accountant cannot certify this composition; the routing asks the next one. Carries the reason."""
 
@@ -51,6 +54,11 @@ class Bounds:
                 f"upper={self.upper}, which is no interval. Nothing can be claimed from it; please report the "
                 f"arguments."
             )
+
+    @property
+    def package(self) -> str:
+        """The distribution whose arithmetic this is."""
+        return _PACKAGES.get(self.accountant, "hf_dpvision")
 
     def with_notes(self, notes: tuple[str, ...]) -> Bounds:
         """The same bounds with these notes put before their own."""

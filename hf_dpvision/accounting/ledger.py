@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from hf_dpvision.errors import ArgumentRefused
 
-from . import routing
+from . import gdp, routing
 from .bounds import Bounds
 from .events import Event, run_lengths
 
@@ -57,6 +57,10 @@ class Ledger:
     def epsilon(self, delta: float, accountant: str = "prv") -> Bounds:
         """Epsilon of everything charged, at this delta; see `accounting.epsilon` for the accountants and errors."""
         return routing.epsilon_of(self._events, delta, accountant)
+
+    def gdp(self, bounds: Bounds) -> gdp.GaussianBound | None:
+        """Gaussian differential privacy of everything charged, given its epsilon; see `gdp.bound`."""
+        return gdp.bound(self._events, bounds)
 
     def to_json(self) -> str:
         """The history as JSON text, exact: floats are written so that they read back equal."""

@@ -22,6 +22,7 @@ UNSUPPORTED = "pld: dp-accounting is not installed (extra `verify`), or a noise 
 MAX_POINTS = 1_500_000  # grid points x segments: seconds
 _COARSEST = 1e-4  # dp-accounting's default interval, loose when thousands of steps cost little each
 _SMALLEST_SIGMA = 0.02  # below it no usable epsilon exists
+_MOST_STEPS = 10**7  # a step's loss then lies in one cell, which dp-accounting composes in a loop over the steps
 _SETTLED = 0.005  # refine until the answer moves by less than this share
 
 
@@ -48,13 +49,15 @@ def epsilon(ledger: Sequence[Event], delta: float, coarser: float = 1.0) -> Boun
         coarser: factor on the interval, which otherwise follows from epsilon and the number of steps.
 
     Raises:
-        Declined: dp-accounting is missing, the grid would be too big, or delta is too small for float64.
+        Declined: dp-accounting is missing, there are more than 10^7 steps, or delta is too small for float64.
     """
     if not available():
         raise Declined("pld: dp-accounting is not installed (pip install 'hf_dpvision[verify]')")
     from dp_accounting.pld import privacy_loss_distribution as distributions
 
     steps = sum(event.steps for event in ledger)
+    if steps > _MOST_STEPS:
+        raise Declined(f"pld: {steps} steps are too many for dp-accounting, which needs hours for them")
     reach = _reach(ledger)
     finest = coarser * reach * len(ledger) / MAX_POINTS
     rough = renyi.epsilon_from(renyi.composed_divergence(ledger), delta)

@@ -19,6 +19,7 @@ from prv_accountant.domain import Domain
 
 from . import renyi
 from .bounds import Bounds, Declined
+from .curve import Curve
 from .events import Event
 from .privacy_loss import TruncatedLoss
 
@@ -77,6 +78,45 @@ def epsilon(ledger: Sequence[Event], delta: float, coarser: float = 1.0) -> Boun
     )  # fmt: skip
 
 
+def curve(
+    ledger: Sequence[Event], delta: float, smallest: float, epsilons: np.ndarray, rough: float = math.inf
+) -> Curve:
+    """Upper bound of delta at each of these epsilons: both directions of zero-out adjacency, whichever costs more.
+
+    Guarantee: by the theorem named at `epsilon`, which holds for all epsilons at once, delta(epsilon) is at most that
+    of the discretised composition at epsilon - eps_error, plus delta_error.
+
+    Args:
+        ledger: distinct noisy events, as `events.segments` gives them.
+        delta: the one that is claimed; the mesh is made for it.
+        smallest: where the curve may end; later where delta_error is not far below it.
+        epsilons: rising, from 0, to where the curve is known to have fallen to `smallest`.
+        rough: about the epsilon at `delta`, if it is known.
+
+    Raises:
+        Declined: as for `epsilon`.
+    """
+    mesh = _plan(ledger, delta, 1.0, rough)
+    error = mesh.delta_error + mesh.rounding
+    deltas = [_deltas(_composed(ledger, mesh, removing), epsilons - mesh.eps_error) for removing in (True, False)]
+    above = np.minimum(np.max(deltas, axis=0) + error, 1.0)
+    return Curve(epsilons, np.minimum.accumulate(above), max(smallest, 10 * error))
+
+
+def _deltas(composition: DiscretePrivacyRandomVariable, epsilons: np.ndarray) -> np.ndarray:
+    """E[(1 - exp(epsilon - loss))+] of the discretised composition, for each epsilon."""
+    losses = np.asarray(composition.domain.ts(), dtype=np.float64)
+    first = int(np.searchsorted(losses, epsilons[0]))  # what lies below counts nowhere, and its exp may overflow
+    losses, mass = losses[first:], np.asarray(composition.pmf[first:])
+    above = np.append(np.cumsum(mass[::-1])[::-1], 0.0)
+    weighted = np.append(np.cumsum((mass * np.exp(-losses))[::-1])[::-1], 0.0)
+    start = np.searchsorted(losses, epsilons)
+    deltas = np.asarray(above[start] - np.exp(epsilons) * weighted[start], dtype=np.float64)
+    if not np.isfinite(deltas).all():
+        raise Declined("prv: the composition has no usable curve")
+    return np.maximum(deltas, 0.0)
+
+
 def _plan(ledger: Sequence[Event], delta: float, coarser: float, rough: float = math.inf) -> _Mesh:
     """The mesh for this composition, whose epsilon is about `rough` where that is known, or Declined."""
     delta_error = delta / 1000
@@ -112,11 +152,8 @@ def _one_direction(
     ledger: Sequence[Event], delta: float, mesh: _Mesh, *, removing: bool
 ) -> tuple[float, float, float]:
     """(lower, estimate, upper) of epsilon for one direction, each at least 0."""
-    half = scipy.fft.next_fast_len(mesh.points // 2 + 2, real=True) - 1  # cells on each side of 0
-    domain = Domain.create_aligned(-mesh.half_width, mesh.half_width, mesh.half_width / half * (1 + 1e-12))
+    composition = _composed(ledger, mesh, removing)
     with np.errstate(all="ignore"):  # exp overflows far from the answer; what matters is checked below
-        losses = [_discretise(event, domain, mesh.dtype, removing) for event in ledger]
-        composition = Heterogeneous(losses).compute_composition([event.steps for event in ledger])
         try:
             found = composition.compute_epsilon(delta, mesh.delta_error + mesh.rounding, mesh.eps_error)
         except (RuntimeError, ValueError) as error:
@@ -125,6 +162,15 @@ def _one_direction(
         raise Declined(f"prv: the composition has no usable quantile, {found}")
     lower, estimate, upper = (max(0.0, value) for value in found)
     return lower, estimate, upper
+
+
+def _composed(ledger: Sequence[Event], mesh: _Mesh, removing: bool) -> DiscretePrivacyRandomVariable:
+    """The whole composition's loss in one direction, on this mesh."""
+    half = scipy.fft.next_fast_len(mesh.points // 2 + 2, real=True) - 1  # cells on each side of 0
+    domain = Domain.create_aligned(-mesh.half_width, mesh.half_width, mesh.half_width / half * (1 + 1e-12))
+    with np.errstate(all="ignore"):  # far tails underflow
+        losses = [_discretise(event, domain, mesh.dtype, removing) for event in ledger]
+        return Heterogeneous(losses).compute_composition([event.steps for event in ledger])
 
 
 def _discretise(

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.special import gammaln, logsumexp
 
+from .curve import Curve
 from .events import Event
 
 
@@ -94,3 +95,22 @@ def epsilon_from(divergence: np.ndarray, delta: float) -> float:
     """
     epsilons = divergence + np.log1p(-1 / ORDERS) - (np.log(delta) + np.log(ORDERS)) / (ORDERS - 1)
     return max(0.0, float(np.min(epsilons)))
+
+
+def curve(ledger: Sequence[Event], deltas: np.ndarray) -> Curve:
+    """Upper bound of delta as a function of epsilon, from the divergences.
+
+    At epsilon 0, delta is the total variation distance, at most sqrt(1 - exp(-KL)) (Bretagnolle, Huber 1979); the
+    divergence of the smallest order bounds KL.
+
+    Args:
+        ledger: noisy events.
+        deltas: rising; the first one is where the curve ends.
+    """
+    divergence = composed_divergence(ledger)
+    total_variation = float(np.sqrt(-np.expm1(-divergence[0])))
+    points = {0.0: total_variation}
+    for delta in deltas[::-1]:  # from small to large epsilons
+        epsilon = epsilon_from(divergence, float(delta))
+        points[epsilon] = min(points.get(epsilon, 1.0), float(delta), total_variation)
+    return Curve(np.array(list(points)), np.array(list(points.values())), float(deltas[0]))

@@ -54,16 +54,25 @@ def test_a_delta_that_float64_cannot_resolve_is_declined():
         pld.epsilon([Event(1e-3, 1.0, 10_000)], 1e-12)
 
 
-@pytest.mark.skipif(pld.available(), reason="dp-accounting is installed")
-def test_without_dp_accounting_pld_is_refused_with_the_remedy():
+@pytest.fixture
+def no_dp_accounting(monkeypatch):
+    monkeypatch.setattr(pld, "available", lambda: False)
+
+
+def test_without_dp_accounting_pld_is_refused_with_the_remedy(no_dp_accounting):
     with pytest.raises(ArgumentRefused, match=r"hf_dpvision\[verify\]"):
         accounting.epsilon(sample_rate=0.1, noise_multiplier=1.0, steps=1, delta=1e-5, accountant="pld")
     with pytest.raises(Declined, match="not installed"):
         pld.epsilon([Event(0.1, 1.0, 1)], 1e-5)
 
 
-@pytest.mark.skipif(pld.available(), reason="dp-accounting is installed")
-def test_without_dp_accounting_the_rdp_bound_answers_and_says_why():
+def test_without_dp_accounting_the_rdp_bound_answers_and_says_why(no_dp_accounting):
     bounds = accounting.epsilon(sample_rate=0.01, noise_multiplier=1.0, steps=10**7, delta=1e-5)
     assert bounds.accountant == "rdp" and bounds.lower == 0.0
     assert [note.partition(":")[0] for note in bounds.notes] == ["prv", "pld"]
+
+
+@needs_pld
+def test_more_steps_than_dp_accounting_composes_in_seconds_are_declined():
+    with pytest.raises(Declined, match="too many"):
+        pld.epsilon([Event(0.02, 1.0, 10**7 + 1)], 1e-5)

@@ -95,7 +95,8 @@ def test_a_run_leaves_model_statement_card_results_and_a_row(recipe, workplace, 
     assert 0 < record.epsilon <= 8 and record.delta == 1e-3
 
     statement = json.loads((out / "privacy.json").read_text())
-    assert statement["guarantee"] == {"epsilon": record.epsilon, "delta": 1e-3} and statement["steps"] == 3
+    assert statement["guarantee"]["epsilon"] == record.epsilon and statement["guarantee"]["delta"] == 1e-3
+    assert statement["steps"] == 3 and statement["dataset"] == "train"
     card = ModelCard.load(out / "README.md")
     assert card.data.to_dict()["differential_privacy"]["guarantee"]["epsilon"] == record.epsilon
     assert json.loads((out / "results.json").read_text())["scores"] == record.scores
@@ -202,11 +203,10 @@ def test_every_shipped_configuration_is_accepted(recipe, config):
     assert training_args.target_epsilon <= 8 and math.isfinite(training_args.target_delta)
 
 
-def test_the_cifar_configuration_says_when_its_data_is_absent(recipe, tmp_path):
+@pytest.mark.parametrize("config", ["cifar10_deit_tiny.yaml", "cifar100_deit_tiny.yaml"])
+def test_a_cifar_configuration_says_when_its_data_is_absent(recipe, tmp_path, config):
     with pytest.raises(DataRefused, match="this data set is not on this machine"):
-        recipe.main(
-            ["--config", str(RECIPES / "cifar10_deit_tiny.yaml"), "--train_files", str(tmp_path / "train-*.parquet")]
-        )
+        recipe.main(["--config", str(RECIPES / config), "--train_files", str(tmp_path / "train-*.parquet")])
 
 
 def test_the_script_ends_with_one_line_and_an_exit_code_on_bad_input(workplace):

@@ -1,19 +1,14 @@
-"""The console script `hf-dpvision`: privacy costs, noise for a budget, and the plan of a model.
-
-Exit codes: 0 answered; 1 the question is well formed but has no answer (a model that is refused, accountants that
-disagree); 2 the command line, or one of its values, is wrong. Errors are one line on standard error.
-"""
+"""`hf-dpvision epsilon` and `hf-dpvision calibrate`: what a planned run costs, and the noise for a budget."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import sys
-from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
-from .errors import ArgumentRefused, DPVisionError
+from ..errors import ArgumentRefused
+from .commands import Answer, add_command
 
 
 _EPSILON_HELP = """\
@@ -30,64 +25,16 @@ examples:
   hf-dpvision calibrate --target-epsilon 3 --delta 1e-5 --sample-rate 0.02 --steps 250
   hf-dpvision calibrate --target-epsilon 3 --delta 1e-5 --dataset-size 50000 --logical-batch-size 1000 --epochs 5
 """
-_INSPECT_HELP = """\
-The plan for the per-example gradient norms of a model. Per use of a trainable tensor: its sizes, ghost or
-instantiate, and the memory and time that this needs. Weights are random, because only sizes matter.
-
-examples:
-  hf-dpvision inspect timm/vgg11 --image-size 224
-  hf-dpvision inspect timm/deit_tiny_patch16_224 --norm-rule mixed --json
-"""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the console script and return its exit code.
-
-    Args:
-        argv: arguments after the program's name; those of the process by default.
-
-    Raises:
-        SystemExit: code 2 from argparse for a malformed command line, code 0 after `--help`.
-    """
-    arguments = _parser().parse_args(argv)
-    try:
-        report, text = arguments.answer(arguments)
-    except DPVisionError as error:
-        print(f"hf-dpvision {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, ArgumentRefused) else 1
-    print(json.dumps(report, indent=2, allow_nan=False) if arguments.json else text)
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="hf-dpvision", description="Differentially private fine-tuning, accounted.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    epsilon = _command(commands, "epsilon", _EPSILON_HELP, _epsilon)
+def register(commands: Any) -> None:
+    """Add both commands."""
+    epsilon = add_command(commands, "epsilon", _EPSILON_HELP, _epsilon)
     epsilon.add_argument("--noise-multiplier", type=float, required=True, help="sigma: noise std / clip norm")
     _add_run(epsilon)
-    calibrate = _command(commands, "calibrate", _CALIBRATE_HELP, _calibrate)
+    calibrate = add_command(commands, "calibrate", _CALIBRATE_HELP, _calibrate)
     calibrate.add_argument("--target-epsilon", type=float, required=True, help="the budget, never exceeded")
     _add_run(calibrate)
-    inspect = _command(commands, "inspect", _INSPECT_HELP, _inspect)
-    inspect.add_argument("model", help="timm/<name>, a Hub id, or a local folder")
-    inspect.add_argument("--image-size", type=int, default=224, help="pixels a side (default %(default)s)")
-    inspect.add_argument(
-        "--norm-rule", choices=("auto", "mixed", "ghost", "instantiate"), default="auto",
-        help="auto: our cost model; mixed: the memory rule of Bu, Mao, Xu 2022 (default %(default)s)",
-    )  # fmt: skip
-    return parser
-
-
-def _command(commands: Any, name: str, text: str, answer: Callable[..., tuple[Any, str]]) -> argparse.ArgumentParser:
-    command = commands.add_parser(
-        name,
-        help=text.partition(".")[0],
-        description=text,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command.add_argument("--json", action="store_true", help="print JSON instead of text")
-    command.set_defaults(answer=answer)
-    return command
 
 
 def _add_run(command: argparse.ArgumentParser) -> None:
@@ -140,13 +87,13 @@ def _steps(arguments: argparse.Namespace, sample_rate: float) -> int:
     return math.ceil(arguments.epochs * per_epoch)
 
 
-def _epsilon(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+def _epsilon(arguments: argparse.Namespace) -> Answer:
     rate = _sample_rate(arguments)
     return _costs(arguments, rate, arguments.noise_multiplier, _steps(arguments, rate))
 
 
-def _calibrate(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from . import accounting  # here, so that --help and inspect do not load the accountants
+def _calibrate(arguments: argparse.Namespace) -> Answer:
+    from .. import accounting  # here, so that --help and inspect do not load the accountants
 
     rate = _sample_rate(arguments)
     steps = _steps(arguments, rate)
@@ -154,14 +101,14 @@ def _calibrate(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         target_epsilon=arguments.target_epsilon, delta=arguments.delta, sample_rate=rate, steps=steps,
         accountant=arguments.accountant,
     )  # fmt: skip
-    report, text = _costs(arguments, rate, sigma, steps)
-    return report, f"noise multiplier  {sigma:g}\nsteps             {steps}\n\n{text}"
+    answer = _costs(arguments, rate, sigma, steps)
+    return replace(answer, text=f"noise multiplier  {sigma:g}\nsteps             {steps}\n\n{answer.text}")
 
 
-def _costs(arguments: argparse.Namespace, rate: float, sigma: float, steps: int) -> tuple[dict[str, Any], str]:
+def _costs(arguments: argparse.Namespace, rate: float, sigma: float, steps: int) -> Answer:
     """Epsilon of the run and its claim, as JSON values and as text."""
-    from . import accounting
-    from .accounting.claim import round_down, round_up
+    from .. import accounting
+    from ..accounting.claim import round_down, round_up
 
     ledger = accounting.Ledger((accounting.Event(rate, sigma, steps),))
     bounds = ledger.epsilon(arguments.delta, arguments.accountant)
@@ -176,19 +123,4 @@ def _costs(arguments: argparse.Namespace, rate: float, sigma: float, steps: int)
         f"  upper       {round_up(bounds.upper)}   (the number to state)\n"
         f"  accountant  {bounds.accountant}\n\n{words}"
     )
-    return report, text
-
-
-def _inspect(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
-    if arguments.image_size < 1:
-        raise ArgumentRefused(f"--image-size {arguments.image_size}: an image has at least one pixel a side.")
-    from dataclasses import asdict
-
-    from .inspect import format_plan, inspect_model  # here: it loads torch and the model libraries
-
-    rows = inspect_model(arguments.model, arguments.image_size, arguments.norm_rule)
-    return [asdict(row) for row in rows], format_plan(rows)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return Answer(report, text)

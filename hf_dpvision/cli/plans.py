@@ -1,0 +1,40 @@
+"""`hf-dpvision inspect`: the plan for the per-example gradient norms of a model."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from typing import Any
+
+from ..errors import ArgumentRefused
+from .commands import Answer, add_command
+
+
+_INSPECT_HELP = """\
+The plan for the per-example gradient norms of a model. Per use of a trainable tensor: its sizes, ghost or
+instantiate, and the memory and time that this needs. Weights are random, because only sizes matter.
+
+examples:
+  hf-dpvision inspect timm/vgg11 --image-size 224
+  hf-dpvision inspect timm/deit_tiny_patch16_224 --norm-rule mixed --json
+"""
+
+
+def register(commands: Any) -> None:
+    """Add the command."""
+    inspect = add_command(commands, "inspect", _INSPECT_HELP, _inspect)
+    inspect.add_argument("model", help="timm/<name>, a Hub id, or a local folder")
+    inspect.add_argument("--image-size", type=int, default=224, help="pixels a side (default %(default)s)")
+    inspect.add_argument(
+        "--norm-rule", choices=("auto", "mixed", "ghost", "instantiate"), default="auto",
+        help="auto: our cost model; mixed: the memory rule of Bu, Mao, Xu 2022 (default %(default)s)",
+    )  # fmt: skip
+
+
+def _inspect(arguments: argparse.Namespace) -> Answer:
+    if arguments.image_size < 1:
+        raise ArgumentRefused(f"--image-size {arguments.image_size}: an image has at least one pixel a side.")
+    from ..inspect import format_plan, inspect_model  # here: it loads torch and the model libraries
+
+    rows = inspect_model(arguments.model, arguments.image_size, arguments.norm_rule)
+    return Answer([asdict(row) for row in rows], format_plan(rows))

@@ -1,0 +1,126 @@
+"""Everything that is checked of one folder, and the result."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..accounting import Bounds
+from ..accounting.journal import FILE, FOLDER, Mark, read_journal
+from ..errors import ArgumentRefused, LedgerRefused
+from ..release import forbidden_files
+from .card import compare_card
+from .consistency import inconsistencies
+from .findings import Finding, difference
+from .recompute import ACCOUNTANTS, recompute
+from .schema import STATEMENT_FILE, read_statement
+
+
+_WEIGHTS = "*.safetensors"
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found.
+
+    Attributes:
+        statement: the content of `privacy.json`; None if it could not be read.
+        epsilons: epsilon of its events by each accountant that answered.
+        notes: what could not be computed, and why.
+        findings: every difference; the statement is verified if there is none.
+    """
+
+    statement: Mapping[str, Any] | None
+    epsilons: Mapping[str, Bounds] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "verified": not self.findings,
+            "stated": None if self.statement is None else self.statement["guarantee"],
+            "recomputed": {name: bounds.to_dict() for name, bounds in self.epsilons.items()},
+            "notes": list(self.notes),
+            "findings": [asdict(finding) for finding in self.findings],
+        }
+
+
+def verify_folder(
+    folder: Path,
+    accountants: Sequence[str] = tuple(ACCOUNTANTS),
+    forbidden: Callable[[Path], Sequence[str]] = forbidden_files,
+) -> Verification:
+    """Check the folder of a released model: statement, epsilon, card, ledger, and that nothing else lies there.
+
+    Weights need not be there; they are not read.
+
+    Args:
+        folder: what was, or is to be, released.
+        accountants: who computes epsilon again, of `prv` and `pld`.
+        forbidden: returns the files that may not be released, relative to the folder.
+
+    Raises:
+        ArgumentRefused: there is no such folder, or an accountant is not known.
+    """
+    check_accountants(accountants)
+    if not folder.is_dir():
+        raise ArgumentRefused(f"{str(folder)!r} is not a folder. Give the folder of a saved model, or a Hub id.")
+    findings = [Finding(name, "", "may not be released") for name in forbidden(folder)]
+    findings += _unstated_weights(folder)
+    statement, flaws = read_statement(folder / STATEMENT_FILE, STATEMENT_FILE)
+    if statement is None:
+        return Verification(None, findings=(*flaws, *findings))
+    again = recompute(statement, accountants, STATEMENT_FILE)
+    if not any(finding.field == "events" for finding in again.findings):
+        findings = [*inconsistencies(statement, STATEMENT_FILE), *findings]
+        findings += compare_card(folder, statement)
+        findings += _ledger(folder, statement)
+    return Verification(statement, again.bounds, again.notes, tuple(dict.fromkeys([*again.findings, *findings])))
+
+
+def check_accountants(names: Sequence[str]) -> None:
+    """Refuse names that are not accountants, and an empty list.
+
+    Raises:
+        ArgumentRefused: naming those that are.
+    """
+    unknown = [name for name in names if name not in ACCOUNTANTS]
+    if unknown or not names:
+        raise ArgumentRefused(f"accountants {list(names)}: choose from {', '.join(ACCOUNTANTS)}.")
+
+
+def _unstated_weights(folder: Path) -> list[Finding]:
+    """A file of weights in a folder of its own, such as a checkpoint, needs a statement of its own."""
+    places = {path.parent for path in folder.rglob(_WEIGHTS)} - {folder}
+    missing = sorted(place.relative_to(folder) for place in places if not _states(place, folder))
+    return [
+        Finding((place / STATEMENT_FILE).as_posix(), "", "missing: the weights beside it claim nothing")
+        for place in missing
+    ]
+
+
+def _states(place: Path, folder: Path) -> bool:
+    adapter = (place / "adapter_config.json").exists() and place.parent == folder
+    return adapter or (place / STATEMENT_FILE).exists()  # a named adapter is a part of the model in `folder`
+
+
+def _ledger(folder: Path, statement: Mapping[str, Any]) -> list[Finding]:
+    """The ledger, where it was released too, must have gone through the state that the statement names."""
+    where = f"{FOLDER}/{FILE}"
+    try:
+        history = read_journal(folder)
+    except LedgerRefused as error:
+        return [Finding(where, "", str(error))]
+    if history is None or statement["ledger"] is None:
+        return []
+    mark = Mark(**statement["ledger"])
+    if not history.contains(mark):
+        return [Finding(STATEMENT_FILE, "ledger", f"{where} did not go through the state {json.dumps(asdict(mark))}")]
+    charged = history.steps_before[mark.records - 1]
+    if charged != statement["steps"]:
+        return [difference(STATEMENT_FILE, "steps", statement["steps"], charged, f"charged in {where} up to ledger")]
+    return []

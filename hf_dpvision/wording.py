@@ -1,0 +1,149 @@
+"""The privacy statement in words: what the card shows and `hf-dpvision statement` prints, from `privacy.json` alone.
+
+Everything here depends on the statement and on nothing else, so that anyone can make the same text again and compare.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from .accounting.claim import round_down, round_up
+
+
+UNITS = {"example": "one training image (one record of the training set)"}
+COVERED = (
+    "Each single image of the training set together with its label: its influence on the released weights is bounded "
+    "as stated, at every step of the run and whatever else an attacker knows.",
+)
+_EVALUATION = {
+    "private": "Values measured on held-out data, which is not public, and every choice made by looking at them.",
+    "public": "Values measured on held-out data. That data is public, and nothing protects it.",
+}
+_NOT_COVERED_BEFORE = (
+    "The data the model was pretrained on. The guarantee is about fine-tuning.",
+    "The number of training images and the list of classes; both count as public.",
+    "Several images of one person, taken together: the unit is one image. Protection of k images weakens with k.",
+)
+_NOT_COVERED_AFTER = (
+    "A search over hyper-parameters, or a choice among several runs on the same images: each further run spends "
+    "budget of its own.",
+    "Anything else released from the same images, which adds to the budget spent.",
+    "What can be learned about a person from such images in general, whether or not theirs was used.",
+    "Attacks on the rounding of floating-point noise, and on the time that training took.",
+)
+_LARGEST_EXPONENT = 700.0  # e^epsilon beyond it is no number
+
+
+def not_covered(eval_data: str) -> list[str]:
+    """Return the sentences on what the guarantee leaves out, for evaluation data that is `private` or `public`."""
+    return [*_NOT_COVERED_BEFORE, _EVALUATION[eval_data], *_NOT_COVERED_AFTER]
+
+
+def is_protected(statement: Mapping[str, Any]) -> bool:
+    """Whether the statement claims a finite epsilon."""
+    return statement["guarantee"]["epsilon"] != "inf"
+
+
+def odds(epsilon: float) -> str:
+    """Return the largest factor e^epsilon by which the odds of one image's membership can change, rounded up."""
+    factor = math.exp(min(epsilon, _LARGEST_EXPONENT))
+    return f"{factor:.3g}" if factor > 1e6 else round_up(factor, digits=1 if factor < 100 else 0)
+
+
+def plain_sentences(statement: Mapping[str, Any]) -> list[str]:
+    """Return what the guarantee means, for a reader who knows nothing of the field; one paragraph an item."""
+    if not is_protected(statement):
+        return [
+            "Fine-tuned without a privacy guarantee. The model may reveal which images it was trained on, and what "
+            "they show."
+        ]
+    epsilon, delta = statement["guarantee"]["epsilon"], statement["guarantee"]["delta"]
+    return [
+        "Fine-tuned with differential privacy: epsilon at most "
+        f"{round_up(epsilon, digits=3)} at delta {delta:g}.",
+        "In plain words: there is a proven limit to what anyone can find out from this model about one particular "
+        "image it was fine-tuned on, even knowing all the other ones. The odds they give for that image having been "
+        f"used change by a factor of at most {odds(epsilon)} (that is e^epsilon), except with a probability of about "
+        f"{delta:g}. A smaller epsilon means a stronger protection.",
+    ]
+
+
+def rows(statement: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the table of a protected model: what is stated, and its value."""
+    guarantee, accountant, noise = statement["guarantee"], statement["accountant"], statement["noise"]
+    sampling, clipping, trained = statement["sampling"], statement["clipping"], statement["trainable_parameters"]
+    tuning = statement["hyperparameter_tuning"]
+    table = [
+        ("epsilon (upper bound), delta", f"{round_up(guarantee['epsilon'], digits=3)}, {guarantee['delta']:g}"),
+        (
+            "epsilon, as the accountant brackets it",
+            f"{round_down(accountant['lower'])} to {round_up(accountant['upper'])}",
+        ),
+        ("accountant", f"{accountant['name']} ({accountant['package']} {accountant['version']})"),
+        ("Gaussian differential privacy", _gdp(guarantee["gdp"])),
+        ("unit of privacy", f"one {statement['unit_of_privacy']} (one row of the training set)"),
+        (
+            "neighbouring data sets",
+            f"{statement['neighboring_relation']}: one example contributes nothing; the size of the data set is "
+            "public",
+        ),
+        ("attacker", "sees the weights after every step, not only the last ones"),
+        ("mechanism", f"{statement['mechanism']}, {statement['definition']}"),
+        ("training data", statement["dataset"] or "not named"),
+        ("training examples N", str(sampling["dataset_size"])),
+        ("sampling", f"{sampling['scheme']}, every example with probability q = {sampling['rate']:.6g} per step"),
+        ("expected batch size qN", str(sampling["expected_batch_size"])),
+        ("steps T", _steps(statement)),
+        ("noise multiplier sigma", f"{noise['multiplier']:.6g}"),
+        ("noise standard deviation", f"{noise['std']:.6g} = sigma times the sensitivity"),
+        (
+            "clip norm C",
+            f"{clipping['bound']:.6g}, {clipping['function']} clipping, {clipping['norm']} norm over all trained "
+            f"parameters together; sensitivity {clipping['sensitivity']:.6g}",
+        ),
+        (
+            "noise generator",
+            f"{noise['rng']}; cryptographic: {'yes' if noise['cryptographic'] else 'no'}; floating-point protection: "
+            f"{noise['floating_point_protection']}",
+        ),
+        ("trained parameters", f"{trained['trained']} trained, {trained['frozen']} frozen"),
+        (
+            "hyper-parameter search on the private data",
+            f"{tuning['on_private_data']}; {tuning['runs_accounted']} run accounted for",
+        ),
+    ]
+    return table
+
+
+def plain_statement(statement: Mapping[str, Any]) -> str:
+    """Return the whole statement as plain text: sentences, table, and what is and is not protected."""
+    paragraphs = plain_sentences(statement)
+    if not is_protected(statement):
+        return "\n\n".join([*paragraphs, statement["claim"]])
+    table = rows(statement)
+    width = max(len(name) for name, _ in table)
+    return "\n\n".join(
+        [
+            *paragraphs,
+            "\n".join(f"{name:<{width}}  {value}" for name, value in table),
+            "Protected:\n" + "\n".join(f"- {item}" for item in COVERED),
+            "Not protected:\n" + "\n".join(f"- {item}" for item in statement["not_covered"]),
+        ]
+    )
+
+
+def _gdp(gdp: Mapping[str, Any]) -> str:
+    if gdp["kind"] == "exact":
+        return f"mu = {round_up(gdp['mu'])}, exact"
+    reach = "every delta" if gdp["delta_min"] == 0 else f"every delta from {gdp['delta_min']:.2g} up"
+    return f"mu at most {round_up(gdp['mu'])}, for {reach}; an upper bound, no central-limit value"
+
+
+def _steps(statement: Mapping[str, Any]) -> str:
+    events = statement["events"]
+    if len(events) < 2:
+        return str(statement["steps"])
+    parts = (f"{e['steps']} with q = {e['sample_rate']:.6g}, sigma = {e['noise_multiplier']:.6g}" for e in events)
+    return f"{statement['steps']}: {'; '.join(parts)}"
