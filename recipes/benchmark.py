@@ -19,7 +19,7 @@ import argparse
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import date
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -31,7 +31,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from benchmarking.cases import CPU_SUITE, SMOKE_SUITE, Case, Trained
-from benchmarking.measure import Settings, measure, own_sides
+from benchmarking.measure import CaseResult, Settings, measure, own_sides
 from benchmarking.report import Record, main_table, markdown, own_faults, side_table, title, write_summary
 from benchmarking.sides import Side
 from transformers.utils import logging
@@ -57,22 +57,31 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def run(cases: Sequence[Case], settings: Settings, command: str, extra: Sequence[Side] = ()) -> Record:
-    """Measure the cases; `extra` sides are tried besides, in every case."""
-    load, results = [os.getloadavg()[0]], []
-    for case in cases:
-        say(f"{case.title}, {case.image_size} px, batch {case.batch_size}, trained: {case.trained.value}")
-        sides = [*own_sides(case), *(peers() if case.peers else []), *extra]
-        results.append(measure(case, sides, settings, say))
-        load.append(os.getloadavg()[0])
-    hardware, versions = environment()
-    versions = {name: versions[name] for name in ("python", "torch", "transformers", "timm")}
+def run(cases: Sequence[Case], settings: Settings, command: str, extra: Sequence[Side] = ()) -> Iterator[Record]:
+    """Measure the cases and give, after each, the record of those so far; `extra` sides are tried in every case."""
+    load: list[float] = []
+    results: list[CaseResult] = []
+    hardware, found = environment()
+    versions = {name: found[name] for name in ("python", "torch", "transformers", "timm")}
     if find_spec("opacus") is not None:
         versions["opacus"] = version("opacus")
-    return Record(
-        command, torch.get_num_threads(), settings.rounds, settings.other_rounds, settings.memory_gib, load, hardware,
-        versions, date.today().isoformat(), results,
-    )  # fmt: skip
+    for case in cases:
+        say(f"{case.title}, {case.image_size} px, batch {case.batch_size}, trained: {case.trained.value}")
+        load.append(os.getloadavg()[0])
+        sides = [*own_sides(case), *(peers() if case.peers else []), *extra]
+        results.append(measure(case, sides, settings, say))
+        yield Record(
+            command,
+            torch.get_num_threads(),
+            settings.rounds,
+            settings.other_rounds,
+            settings.memory_gib,
+            [*load, os.getloadavg()[0]],
+            hardware,
+            versions,
+            date.today().isoformat(),
+            results,
+        )
 
 
 def write(record: Record, report: Path, summary: Path | None) -> None:
@@ -101,7 +110,9 @@ def options_of(command_line: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--trained", choices=[choice.value for choice in Trained], default="all")
-    parser.add_argument("--largest-batch", action="store_true", help="peaks at two more batch sizes, and a fit")
+    parser.add_argument(
+        "--largest-batch", action="store_true", help="peaks at half and a quarter of the batch too, and a fit"
+    )
     parser.add_argument("--memory-gib", type=float, default=16.0, help="for the largest batch")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
@@ -117,8 +128,8 @@ def options_of(command_line: Sequence[str] | None) -> argparse.Namespace:
         if options.report is None:
             options.summary = options.summary or HERE.parent / "README.md"
         options.report = options.report or HERE / "benchmark.md"
-    if not 1 <= options.other_rounds <= options.rounds or options.batch_size < 2:
-        parser.error("1 <= --other-rounds <= --rounds and --batch-size >= 2 are needed")
+    if not 1 <= options.other_rounds <= options.rounds or options.batch_size < 4:
+        parser.error("1 <= --other-rounds <= --rounds and --batch-size >= 4 are needed")
     return options
 
 
@@ -148,15 +159,15 @@ def main(command_line: Sequence[str] | None = None, extra: Sequence[Side] = ()) 
         suite = options.suite or "smoke"
         cases, command = SUITES[suite], f"--suite {suite}"
     command += f" --threads {options.threads} --rounds {options.rounds} --other-rounds {options.other_rounds}"
-    record = run(cases, settings, f"python recipes/benchmark.py {command}", extra)
+    for record in run(cases, settings, f"python recipes/benchmark.py {command}", extra):  # noqa: B007, the last is used
+        if options.report is not None:
+            write(record, options.report, options.summary)
     if options.json:
         print(record.to_json(), end="")
     else:
         print("\n".join(main_table(record)))
         for result in record.cases:
             print("\n".join(["", title(result), "", *side_table(result, record.memory_gib)]))
-    if options.report is not None:
-        write(record, options.report, options.summary)
     if wrong := own_faults(record):
         raise SystemExit("\n".join(f"{where}: {side.name}: {side.fault}" for where, side in wrong))
     return record

@@ -134,13 +134,11 @@ def own_sides(case: Case) -> list[Side]:
     sides: list[Side] = [NonPrivate(), Ours()]
     if case.trained in (Trained.BIAS, Trained.HEAD):
         sides.append(NonPrivate("non-private, same parameters"))
-    if case.variants:
-        sides += [Ours(passes=2), Ours("mixed"), Ours("ghost"), Ours("instantiate")]
-    return sides
+    return sides + [Ours(*variant) for variant in case.variants]
 
 
 def measure(case: Case, sides: Sequence[Side], settings: Settings, say: Callable[[str], None]) -> CaseResult:
-    """Check every side against the loop, then time them in turns, then take peaks of memory."""
+    """Check every side against the loop, then take peaks of memory, then time them in turns."""
     base = build(case, settings.seed).to(settings.device)
     model = copy.deepcopy(base)
     freeze(model, case.trained)
@@ -153,20 +151,25 @@ def measure(case: Case, sides: Sequence[Side], settings: Settings, say: Callable
         results[0][1].clip_norm, [found for found, _ in results], [], settings.device.type == "cuda",
     )  # fmt: skip
     running = [(found, side) for found, side in results if found.gradient_error is not None]
-    batch = random_batch(case, case.batch_size, settings.seed, settings.device)
-    take_turns(running, batch, settings, say)
+    n = case.batch_size
+    warm: list[float] = []  # seconds of each side's last peak, at the full batch: it serves as the warm-up
+    for size in (n // 4, n // 2, n) if case.largest_batch else (n,):
+        batch = random_batch(case, size, settings.seed, settings.device)
+        warm = []
+        gc.collect()
+        for found, side in running:
+            start = time.perf_counter()
+            found.peaks[size] = peak(lambda side=side, batch=batch: side.step(batch), settings.device)
+            warm.append(time.perf_counter() - start)
+        say(f"  peaks at batch {size} taken, {sum(warm):.0f} s")
+    slow = [seconds > settings.slow * warm[0] for seconds in warm]
+    take_turns(running, slow, batch, settings, say)
     sums = {name: torch.zeros_like(p) for name, p in trained.items()}
     source = NoiseSource.from_os_entropy(settings.device)
     for _ in range(1 + settings.other_rounds):
         cpu, wall = timed(lambda: add_noise(sums, 1.0, source), settings.device)
         result.noise.append(wall if result.wall_clock else cpu)
     del result.noise[0]  # the first one warms up
-    n = case.batch_size
-    for size in (n // 2, n, 2 * n) if case.largest_batch else (n,):
-        batch = random_batch(case, size, settings.seed, settings.device)
-        for found, side in running:
-            found.peaks[size] = peak(lambda side=side, batch=batch: side.step(batch), settings.device)
-        say(f"  peaks at batch {size} taken")
     return result
 
 
@@ -207,11 +210,13 @@ def first_words(error: Exception) -> str:
 
 
 def take_turns(
-    running: Sequence[tuple[SideResult, Side]], batch: Batch, settings: Settings, say: Callable[[str], None]
+    running: Sequence[tuple[SideResult, Side]],
+    slow: Sequence[bool],
+    batch: Batch,
+    settings: Settings,
+    say: Callable[[str], None],
 ) -> None:
     """Time the sides' steps round by round; the first two take part in every round, in rotating order."""
-    warm = [sum(timed(lambda side=side: side.step(batch), settings.device)) for _, side in running]
-    slow = [seconds > settings.slow * warm[0] for seconds in warm]
     for number in range(settings.rounds):
         present = [
             pair for place, pair in enumerate(running)
@@ -247,7 +252,6 @@ def peak(step: Callable[[], object], device: torch.device) -> int:
     On the CPU every allocation and release of torch's allocator is in the profiler's record, on CUDA the allocator
     keeps the peak.
     """
-    gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -171,9 +171,9 @@ for class tokens and positions. Weights and images are random, BatchNorm is repl
   taken round by round; shown are the median and in brackets the quartiles, then the least. A side far slower than the
   non-private step takes part in one round only.
 - Memory: the most bytes allocated at once during a step beyond what was there when it began (parameters and images),
-  from the profiler's record of every allocation (CUDA: the allocator's peak), in a step of its own.
-- Largest batch: `(memory - parameters - a) / b` with the least-squares line `peak(n) = a + b n` through half, one and
-  two batch sizes. An extrapolation."""
+  from the profiler's record of every allocation (CUDA: the allocator's peak), in a step of its own, before timing.
+- Largest batch: `(memory - parameters - a) / b` with the least-squares line `peak(n) = a + b n` through a quarter,
+  half and all of the batch size. An extrapolation."""
 
 NOISE = """\
 CPU time to draw and add Gaussian noise for all trained parameters, over the time of one non-private step at the batch
