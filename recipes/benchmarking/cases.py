@@ -60,7 +60,7 @@ class Case:
         target: of our one-pass step, if there is one.
         variants: norm rule and passes of our further sides.
         peers: measure Opacus too.
-        largest_batch: take the peak at half and a quarter of the batch size too, and fit.
+        largest_batch: take the peaks of larger batches too, and fit.
     """
 
     title: str

@@ -19,6 +19,7 @@ from .sides import Batch, Loop, NonPrivate, Ours, Side, disagreement
 
 
 EXAMPLES_CHECKED = 3
+LARGER, LARGEST_PEAK = (2, 4, 8), 4 * 2**30  # batch sizes for the fit, in case batches; bytes
 
 
 @dataclass(frozen=True)
@@ -44,19 +45,18 @@ class Settings:
 
 @dataclass(frozen=True)
 class Spread:
-    """Median, quartiles, least value and number of some measurements."""
+    """Median, quartiles and number of some measurements."""
 
     median: float
     low: float
     high: float
-    least: float
     count: int
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
         """Summarise at least one value."""
         low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * [*values]
-        return cls(median, low, high, min(values), len(values))
+        return cls(median, low, high, len(values))
 
 
 @dataclass
@@ -110,6 +110,11 @@ class CaseResult:
         """The same by wall time."""
         return self.ratio_of(side.wall, self.sides[0].wall)
 
+    def least_ratio(self, side: SideResult) -> float | None:
+        """Shortest step over the shortest non-private step: other work on the machine only ever adds."""
+        seconds = self.times(side)
+        return min(seconds.values()) / min(self.times(self.sides[0]).values()) if seconds else None
+
     @staticmethod
     def ratio_of(seconds: Mapping[int, float], base: Mapping[int, float]) -> Spread | None:
         """Ratios round by round."""
@@ -151,17 +156,14 @@ def measure(case: Case, sides: Sequence[Side], settings: Settings, say: Callable
         results[0][1].clip_norm, [found for found, _ in results], [], settings.device.type == "cuda",
     )  # fmt: skip
     running = [(found, side) for found, side in results if found.gradient_error is not None]
-    n = case.batch_size
-    warm: list[float] = []  # seconds of each side's last peak, at the full batch: it serves as the warm-up
-    for size in (n // 4, n // 2, n) if case.largest_batch else (n,):
-        batch = random_batch(case, size, settings.seed, settings.device)
-        warm = []
-        gc.collect()
-        for found, side in running:
-            start = time.perf_counter()
-            found.peaks[size] = peak(lambda side=side, batch=batch: side.step(batch), settings.device)
-            warm.append(time.perf_counter() - start)
-        say(f"  peaks at batch {size} taken, {sum(warm):.0f} s")
+    batch = random_batch(case, case.batch_size, settings.seed, settings.device)
+    gc.collect()
+    warm = []  # the steps that peaks are taken of serve as warm-up
+    for found, side in running:
+        start = time.perf_counter()
+        found.peaks[case.batch_size] = peak(lambda side=side: side.step(batch), settings.device)
+        warm.append(time.perf_counter() - start)
+    say(f"  peaks taken, {sum(warm):.0f} s")
     slow = [seconds > settings.slow * warm[0] for seconds in warm]
     take_turns(running, slow, batch, settings, say)
     sums = {name: torch.zeros_like(p) for name, p in trained.items()}
@@ -170,6 +172,9 @@ def measure(case: Case, sides: Sequence[Side], settings: Settings, say: Callable
         cpu, wall = timed(lambda: add_noise(sums, 1.0, source), settings.device)
         result.noise.append(wall if result.wall_clock else cpu)
     del result.noise[0]  # the first one warms up
+    if case.largest_batch:
+        compared = [pair for place, pair in enumerate(running) if place < 2 or not pair[0].ours]
+        take_larger_peaks(compared, case, settings, say)
     return result
 
 
@@ -205,7 +210,7 @@ def check(
 
 def first_words(error: Exception) -> str:
     """The beginning of an error's message; Opacus prints whole models."""
-    message = (str(error).strip() or "no message").splitlines()[0].split("\\n")[0]
+    message = (str(error).strip() or "no message").splitlines()[0].split("\\n")[0].split(". ")[0]
     return message if len(message) <= 140 else f"{message[:140].rsplit(' ', 1)[0]} ..."
 
 
@@ -269,12 +274,27 @@ def peak(step: Callable[[], object], device: torch.device) -> int:
     return highest
 
 
-def largest_batch(side: SideResult, memory_gib: float) -> int | None:
-    """Return how many examples fit: `(memory - resident - a) / b` with the least-squares line `peak(n) = a + b n`.
+def take_larger_peaks(
+    running: Sequence[tuple[SideResult, Side]], case: Case, settings: Settings, say: Callable[[str], None]
+) -> None:
+    """Take peaks at two, four and eight times the batch size, as far as they are expected to stay in bounds."""
+    for factor in LARGER:
+        size = factor * case.batch_size
+        batch = random_batch(case, size, settings.seed, settings.device)
+        for found, side in running:
+            if max(found.peaks.values()) * size / max(found.peaks) <= LARGEST_PEAK:
+                found.peaks[size] = peak(lambda side=side, batch=batch: side.step(batch), settings.device)
+        say(f"  peaks at batch {size} taken")
 
-    None with fewer than two batch sizes. It is an extrapolation from small batches.
+
+def largest_batch(side: SideResult, memory_gib: float) -> int | None:
+    """Return how many examples fit: `(memory - resident - a) / b`, with the line `a + b n` through two peaks.
+
+    These are the peaks of the two largest batches that were run: below, where gradients and workspaces outweigh
+    activations, the slope is another one. None where one batch size was run. It is an extrapolation.
     """
     if len(side.peaks) < 2:
         return None
-    slope, intercept = statistics.linear_regression(list(side.peaks), list(side.peaks.values()))
-    return int((memory_gib * 2**30 - side.resident - intercept) / slope)
+    (small, low), (large, high) = sorted(side.peaks.items())[-2:]
+    slope = (high - low) / (large - small)
+    return int(large + (memory_gib * 2**30 - side.resident - high) / slope)

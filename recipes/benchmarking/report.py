@@ -54,6 +54,7 @@ class Record:
         for side in result.sides:
             summary = {
                 "time_ratio": result.time_ratio(side),
+                "least_ratio": result.least_ratio(side),
                 "wall_ratio": result.wall_ratio(side),
                 "memory_ratio": result.memory_ratio(side),
                 "largest_batch": largest_batch(side, self.memory_gib),
@@ -99,7 +100,13 @@ def side_table(result: CaseResult, memory_gib: float) -> list[str]:
             continue
         fits = largest_batch(side, memory_gib)
         gradients = side.fault or f"agree, {side.gradient_error:.0e}"
-        numbers = (spread(time), f"{time.least:.2f}", str(time.count), f"{wall.median:.2f}", f"{memory:.2f}")
+        numbers = (
+            spread(time),
+            f"{result.least_ratio(side):.2f}",
+            str(time.count),
+            f"{wall.median:.2f}",
+            f"{memory:.2f}",
+        )
         lines.append((side.name, gradients, *numbers, "" if fits is None else f"{fits:,}"))
     largest = f"largest batch in {memory_gib:g} GiB"
     head = ("side", "gradients", "time", "least", "rounds", "wall time", "memory", largest)
@@ -141,7 +148,7 @@ def markdown(record: Record, plot: str | None) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in record.versions.items())
     lines = ["# Time and memory beside ordinary training", ""]
     lines += [f"Written by `{record.command}` on {record.date}.", ""]
-    lines += [f"- Hardware: {record.hardware}; {record.threads} thread(s) of torch used."]
+    lines += [f"- Hardware: {record.hardware}."]
     lines += [f"- Versions: {versions}."]
     lines += [f"- Load average of the machine: {', '.join(f'{load:.1f}' for load in record.load)}.", "", METHOD, ""]
     lines += ["## One pass, as by default", "", *main_table(record), ""]
@@ -168,12 +175,12 @@ for class tokens and positions. Weights and images are random, BatchNorm is repl
   clipped at their middle norm. Shown is the relative error of the whole gradient; 1e-4 is allowed, to Opacus 1e-3. A
   side with wrong gradients is timed and marked; one that raises is not timed.
 - Time: process CPU time (wall time on CUDA), all sides in one process, taking turns in rotating order. The ratio is
-  taken round by round; shown are the median and in brackets the quartiles, then the least. A side far slower than the
-  non-private step takes part in one round only.
+  taken round by round; shown are the median and in brackets the quartiles, then ("least") the shortest step over the
+  shortest non-private one. A side far slower than the non-private step takes part in one round only.
 - Memory: the most bytes allocated at once during a step beyond what was there when it began (parameters and images),
   from the profiler's record of every allocation (CUDA: the allocator's peak), in a step of its own, before timing.
-- Largest batch: `(memory - parameters - a) / b` with the least-squares line `peak(n) = a + b n` through a quarter,
-  half and all of the batch size. An extrapolation."""
+- Largest batch: `(memory - parameters - a) / b` with the line `peak(n) = a + b n` through the peaks at the two largest
+  of one, two, four and eight batch sizes that need at most 4 GiB. An extrapolation."""
 
 NOISE = """\
 CPU time to draw and add Gaussian noise for all trained parameters, over the time of one non-private step at the batch
@@ -183,7 +190,7 @@ size of the table. It does not grow with the batch, and a logical batch of many 
 def write_summary(path: Path, record: Record, report: str) -> None:
     """Write the main table and the comparison with the peer between the markers of a Markdown file."""
     before, _, after = split_at_markers(path, BEGIN, END)
-    note = f"{record.date}, {record.hardware}, {record.threads} thread(s) used, torch {record.versions['torch']}. "
+    note = f"{record.date}, {record.hardware}, torch {record.versions['torch']}. "
     note += (
         f"Time and memory are ratios to the same model's non-private step; all sides and how: [{report}]({report})."
     )
@@ -192,7 +199,9 @@ def write_summary(path: Path, record: Record, report: str) -> None:
 
 
 def spread(values: Spread) -> str:
-    """Median and quartiles."""
+    """Median and, of several values, quartiles."""
+    if values.count == 1:
+        return f"{values.median:.2f}"
     return f"{values.median:.2f} ({values.low:.2f} to {values.high:.2f})"
 
 
