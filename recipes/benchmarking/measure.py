@@ -277,14 +277,19 @@ def peak(step: Callable[[], object], device: torch.device) -> int:
 def take_larger_peaks(
     running: Sequence[tuple[SideResult, Side]], case: Case, settings: Settings, say: Callable[[str], None]
 ) -> None:
-    """Take peaks at two, four and eight times the batch size, as far as they are expected to stay in bounds."""
-    for factor in LARGER:
-        size = factor * case.batch_size
+    """Take peaks at two, four and eight times the batch size where they should stay in bounds, else at half of it."""
+
+    def take(size: int, sides: Sequence[tuple[SideResult, Side]]) -> None:
         batch = random_batch(case, size, settings.seed, settings.device)
-        for found, side in running:
-            if max(found.peaks.values()) * size / max(found.peaks) <= LARGEST_PEAK:
-                found.peaks[size] = peak(lambda side=side, batch=batch: side.step(batch), settings.device)
+        for found, side in sides:
+            found.peaks[size] = peak(lambda: side.step(batch), settings.device)  # noqa: B023, called at once
         say(f"  peaks at batch {size} taken")
+
+    for size in (factor * case.batch_size for factor in LARGER):
+        take(
+            size, [pair for pair in running if max(pair[0].peaks.values()) * size <= LARGEST_PEAK * max(pair[0].peaks)]
+        )
+    take(case.batch_size // 2, [pair for pair in running if len(pair[0].peaks) == 1])
 
 
 def largest_batch(side: SideResult, memory_gib: float) -> int | None:

@@ -180,7 +180,7 @@ for class tokens and positions. Weights and images are random, BatchNorm is repl
 - Memory: the most bytes allocated at once during a step beyond what was there when it began (parameters and images),
   from the profiler's record of every allocation (CUDA: the allocator's peak), in a step of its own, before timing.
 - Largest batch: `(memory - parameters - a) / b` with the line `peak(n) = a + b n` through the peaks at the two largest
-  of one, two, four and eight batch sizes that need at most 4 GiB. An extrapolation."""
+  of a half (if no larger one fits), one, two, four and eight batch sizes that need at most 4 GiB. An extrapolation."""
 
 NOISE = """\
 CPU time to draw and add Gaussian noise for all trained parameters, over the time of one non-private step at the batch
