@@ -113,18 +113,30 @@ def update_results_table(path: Path, record: RecipeRecord, headings: Sequence[st
     Raises:
         ArgumentRefused: the file has one marker without the other.
     """
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    if (BEGIN in text) != (END in text):
-        raise ArgumentRefused(f"{path} has only one of the two markers {BEGIN!r} and {END!r}: restore the other one.")
-    if BEGIN not in text:
-        text = f"{text.rstrip()}\n\n{BEGIN}\n{END}\n".lstrip()
-    before, rest = text.split(BEGIN, 1)
-    inside, after = rest.split(END, 1)
+    before, inside, after = split_at_markers(path, BEGIN, END)
     others = [line for line in inside.splitlines() if line.startswith("| `") and f"| `{record.recipe}` " not in line]
     head = ["| " + " | ".join(headings) + " |", "|" + " --- |" * len(headings)]
     lines = [BEGIN, *head, *sorted([*others, _row(record, headings)]), END]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(before + "\n".join(lines) + after, encoding="utf-8")
+
+
+def split_at_markers(path: Path, begin: str, end: str) -> tuple[str, str, str]:
+    """Return what stands before, between and after two markers of a text file, the markers left out.
+
+    A file without markers, or no file yet, is taken to have them at its end.
+
+    Raises:
+        ArgumentRefused: the file has one marker without the other.
+    """
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    if (begin in text) != (end in text):
+        raise ArgumentRefused(f"{path} has only one of the two markers {begin!r} and {end!r}: restore the other one.")
+    if begin not in text:
+        text = f"{text.rstrip()}\n\n{begin}\n{end}\n".lstrip()
+    before, rest = text.split(begin, 1)
+    inside, after = rest.split(end, 1)
+    return before, inside, after
 
 
 def _row(record: RecipeRecord, headings: Sequence[str]) -> str:
