@@ -43,11 +43,12 @@ class Replicated:
 
     Args:
         microbatch_size: most examples at once; halved where the memory does not suffice.
+        rows: of a microbatch that make one example.
         device: where gradients live.
     """
 
-    def __init__(self, microbatch_size: int, device: torch.device) -> None:
-        self._device_sum = DeviceSum(microbatch_size)
+    def __init__(self, microbatch_size: int, rows: int, device: torch.device) -> None:
+        self._device_sum = DeviceSum(microbatch_size, rows)
         self._device = device
 
     def place(self, model: nn.Module) -> None:

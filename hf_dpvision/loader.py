@@ -38,7 +38,7 @@ def example_loader(
     """
     workers = args.dataloader_num_workers
     return ExampleLoader(
-        OneByOne(dataset, (*args.label_names, "label", "labels")),
+        OneByOne(dataset, (*args.label_names, "label", "labels"), args.augmentation_multiplicity),
         batch_sampler=batch_sampler,
         collate_fn=ReadableOnly(collate),
         num_workers=workers,

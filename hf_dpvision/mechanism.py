@@ -109,7 +109,7 @@ class PrivateMechanism:
     `noise_multiplier * clipping.sensitivity()` added, and `ledger` has an event for each of them.
 
     Args:
-        clipping, norm_rule, backward_passes: as for `clipped_gradient`.
+        clipping, norm_rule, backward_passes, rows: as for `clipped_gradient`.
         noise_multiplier: sigma, without unit.
         sample_rate: probability with which each example takes part in a step.
         planned_steps: most events that `ledger` may hold.
@@ -124,6 +124,7 @@ class PrivateMechanism:
         clipping: Clipping,
         norm_rule: NormRule,
         backward_passes: int,
+        rows: int,
         noise_multiplier: float,
         sample_rate: float,
         planned_steps: int,
@@ -138,7 +139,7 @@ class PrivateMechanism:
         self.ledger = ledger
         self._journal = journal
         self._norm_rule = norm_rule
-        self._backward_passes = backward_passes
+        self._backward_passes, self._rows = backward_passes, rows
         self._noise = noise
 
     def sum_gradients(self, model: nn.Module, per_example_loss: PerExampleLoss, batch: Any) -> dict[str, Tensor]:
@@ -150,6 +151,7 @@ class PrivateMechanism:
             clipping=self.clipping,
             norm_rule=self._norm_rule,
             backward_passes=self._backward_passes,
+            rows=self._rows,
         ).gradients
 
     def add_to_shards(
@@ -157,7 +159,9 @@ class PrivateMechanism:
     ) -> None:
         """Add clipped gradients to the shards; see `add_clipped_gradient_to_shards`."""
         clipping = self.clipping if counts else _Excluded()
-        add_clipped_gradient_to_shards(model, per_example_loss, batch, clipping=clipping, norm_rule=self._norm_rule)
+        add_clipped_gradient_to_shards(
+            model, per_example_loss, batch, clipping=clipping, norm_rule=self._norm_rule, rows=self._rows
+        )
 
     def charge(self) -> None:
         """Put one step into the ledger, on disk first.

@@ -30,10 +30,11 @@ class DeviceSum:
 
     Args:
         size: most examples at once, at first. It is halved when the memory does not suffice, and stays so.
+        rows: of a microbatch that make one example; they stay together.
     """
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, rows: int = 1) -> None:
+        self.size, self._rows = size, rows
 
     def add(
         self, sums: dict[str, Tensor], microbatch: Microbatch, gradients_of: Callable[[Microbatch], dict[str, Tensor]]
@@ -42,7 +43,7 @@ class DeviceSum:
 
         Args:
             sums: parameter name -> sum so far.
-            microbatch: tensors whose dimension 0 is the number of examples, on any device.
+            microbatch: tensors whose dimension 0 is the number of examples, times `rows`, on any device.
             gradients_of: brings a part to the device and returns parameter name -> sum over its examples.
 
         Raises:
@@ -51,8 +52,8 @@ class DeviceSum:
         waiting = deque([microbatch] if microbatch else [])
         while waiting:
             part = waiting.popleft()
-            if batch_size(part) > self.size:
-                waiting.extendleft(reversed(_cut(part, self.size)))
+            if batch_size(part, self._rows) > self.size:
+                waiting.extendleft(reversed(_cut(part, self.size * self._rows)))
                 continue
             found = self._gradients_if_they_fit(part, gradients_of)
             if found is None:
@@ -86,6 +87,6 @@ class DeviceSum:
         return None
 
 
-def _cut(microbatch: Microbatch, size: int) -> list[Microbatch]:
-    starts = range(0, batch_size(microbatch), size)
-    return [{name: value[start : start + size] for name, value in microbatch.items()} for start in starts]
+def _cut(microbatch: Microbatch, rows: int) -> list[Microbatch]:
+    starts = range(0, batch_size(microbatch), rows)
+    return [{name: value[start : start + rows] for name, value in microbatch.items()} for start in starts]

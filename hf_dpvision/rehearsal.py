@@ -39,8 +39,9 @@ class Rehearsal:
         self._description = describe_example(dataset, collate, self._args.label_names[0])
 
     def examples(self, count: int, device: torch.device) -> dict[str, Tensor]:
-        """Random examples of what was looked at, always the same."""
-        return random_examples(self._description, count, self._args.label_names[0], device)
+        """Random examples of what was looked at, all views of each, always the same."""
+        rows = count * self._args.augmentation_multiplicity
+        return random_examples(self._description, rows, self._args.label_names[0], device)
 
     def check(self, model: nn.Module) -> None:
         """Compare clipped gradients with a loop over single examples, unless switched off; see `self_check`."""
@@ -54,6 +55,7 @@ class Rehearsal:
                     examples,
                     norm_rule=self._args.norm_rule,
                     backward_passes=self._args.backward_passes,
+                    rows=self._args.augmentation_multiplicity,
                 )
 
     def placing(self, model: nn.Module) -> AbstractContextManager:
@@ -63,8 +65,9 @@ class Rehearsal:
         model.train()
         examples = self.examples(1, next(model.parameters()).device)
         return checked_sharding(
-            model, self._loss, examples, device=self._args.device, norm_rule=self._args.norm_rule
-        )
+            model, self._loss, examples, device=self._args.device, norm_rule=self._args.norm_rule,
+            rows=self._args.augmentation_multiplicity,
+        )  # fmt: skip
 
     def largest_batch(self, model: nn.Module, dataset_size: int) -> int:
         """The largest physical batch that fits the device, at most what a process is likely ever to draw at once.
@@ -86,11 +89,11 @@ class Rehearsal:
             else:
                 clipped_gradient(
                     model, self._loss, examples, clipping=args.build_clipping(), norm_rule=args.norm_rule,
-                    backward_passes=args.backward_passes,
+                    backward_passes=args.backward_passes, rows=args.augmentation_multiplicity,
                 )  # fmt: skip
 
         model.train()
-        return largest_batch(step, args.device, most)
+        return largest_batch(step, args.device, most) * args.augmentation_multiplicity
 
     def _wanted(self, model: nn.Module) -> bool:
         # a sharded model was checked by an earlier call, and cannot be copied

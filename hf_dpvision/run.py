@@ -173,6 +173,7 @@ class PrivacyRun:
             clipping=args.build_clipping(),
             norm_rule=args.norm_rule,
             backward_passes=args.backward_passes,
+            rows=args.augmentation_multiplicity,
             noise_multiplier=self.plan.noise_multiplier,
             sample_rate=self.plan.sample_rate,
             planned_steps=self.plan.total_steps,

@@ -148,6 +148,8 @@ def public_settings(args: DPTrainingArguments) -> dict[str, Any]:
     chosen = {name: getattr(args, name) for name in names}
     precision = "bfloat16 autocast" if args.bf16 else "float32"
     kinds = {"optimizer": args.optim.value, "learning rate schedule": args.lr_scheduler_type.value}
+    if args.augmentation_multiplicity > 1:
+        kinds["augmentation multiplicity"] = args.augmentation_multiplicity
     return kinds | {"precision": precision} | {name.replace("_", " "): value for name, value in chosen.items()}
 
 

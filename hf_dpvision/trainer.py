@@ -113,12 +113,12 @@ class DPTrainer(PublishingTrainer):
         self._mechanism: Mechanism | None = None
         self._layout: Layout | None = None
         self._stream: MicrobatchStream | None = None
-        self._rehearsal = Rehearsal(args, self.per_sample_loss)
+        self._rehearsal = Rehearsal(args, self._loss_of_examples)
 
     def _make_layout(self) -> Layout:
         args, options = self.args, self.args.build_sharding()
         if options is None:
-            return Replicated(args.per_device_train_batch_size, args.device)
+            return Replicated(self._examples_at_once, args.augmentation_multiplicity, args.device)
         return Sharded(options, args.device, lambda: self._rehearsal.examples(1, args.device))
 
     # The run
@@ -225,7 +225,7 @@ class DPTrainer(PublishingTrainer):
         steps_per_epoch = math.ceil(dataset_size / args.logical_batch_size)
         first = self._run.plan.first_draw
         indices = LogicalBatchIndices(sampler, steps_per_epoch, args.process_index, args.world_size, first)
-        self._stream = MicrobatchStream(self._example_loader, args.per_device_train_batch_size)
+        self._stream = MicrobatchStream(self._example_loader, self._examples_at_once)
         return LogicalBatchLoader(indices, dataset_size)
 
     def get_batch_samples(
@@ -250,6 +250,15 @@ class DPTrainer(PublishingTrainer):
     def per_sample_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """Return one loss per example, `[n]`: what is differentiated, clipped and summed."""
         return self._losses_and_outputs(model, inputs)[0]
+
+    def _loss_of_examples(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        losses = self.per_sample_loss(model, inputs)
+        views = self.args.augmentation_multiplicity
+        return losses.view(-1, views).mean(1) if views > 1 and losses.ndim == 1 else losses
+
+    @property
+    def _examples_at_once(self) -> int:
+        return max(1, self.args.per_device_train_batch_size // self.args.augmentation_multiplicity)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -291,7 +300,7 @@ class DPTrainer(PublishingTrainer):
 
     def _run_step(self, model: nn.Module, microbatch: Any, step: Callable[..., Any]) -> Any:
         with self.compute_loss_context_manager():
-            return step(model, self.per_sample_loss, self._prepare_inputs(microbatch))
+            return step(model, self._loss_of_examples, self._prepare_inputs(microbatch))
 
     def _clip_grad_norm(self, model: nn.Module) -> None:
         """Do nothing: the gradient is clipped per example, before the noise."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 from transformers import TrainingArguments
@@ -84,6 +84,14 @@ class DPTrainingArguments(TrainingArguments):
             "help": "1 keeps what the clipped sum needs; 2 needs less memory and more time. By default 1, but 2 with "
             "activation_checkpointing or fsdp, whose saving of memory would be lost otherwise.",
             "choices": [1, 2],
+        },
+    )
+    augmentation_multiplicity: int = field(
+        default=1,
+        metadata={
+            "help": "So many views of each drawn image, from random transforms; their gradients are averaged before "
+            "clipping, so that the privacy is the same (De et al. 2022, arXiv:2204.13650). A step takes as many times "
+            "longer; per_device_train_batch_size counts views."
         },
     )
     accountant: str = field(
@@ -237,6 +245,12 @@ class DPTrainingArguments(TrainingArguments):
                 "least 1. Larger is better for accuracy at a given epsilon; 1000 is a good start for 50,000 images."
             )
         self.logical_batch_size = int(size)
+        views = self.augmentation_multiplicity
+        if not isinstance(views, Integral) or isinstance(views, bool) or views < 1:
+            raise ArgumentRefused(
+                f"augmentation_multiplicity={views!r}: so many views of each image are averaged, so it is a whole "
+                "number of at least 1. Try 4 or 8 with a random crop and flip."
+            )
         if self.label_names is None or len(self.label_names) != 1:
             raise ArgumentRefused(
                 f"label_names={self.label_names!r}: the per-example loss takes its labels from exactly one key of the "

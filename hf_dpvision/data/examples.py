@@ -92,6 +92,13 @@ class Unreadable:
 
 
 @dataclass(frozen=True)
+class Views:
+    """Several views of one example, which become adjacent rows of the microbatch."""
+
+    rows: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
 class OneByOne(TorchDataset):
     """Any map-style data set, read one index at a time while it is trained on.
 
@@ -102,15 +109,27 @@ class OneByOne(TorchDataset):
     Broken means that reading it, the transform included, raises what decoders raise (`DataRefused`, `ValueError`,
     Pillow's errors, a file that is not there), or that it has no label (None). Other errors are those of a program or
     a machine (`KeyError`, `TypeError`, `RuntimeError`, no memory, too many open files): they pass, and end the step.
+
+    Args:
+        dataset: map-style.
+        label_names: keys that hold the label; an example in which one of them is None has none.
+        views: how often each example is read anew; with a random transform, so many different views of it.
     """
 
     dataset: Any
     label_names: tuple[str, ...] = ("label", "labels")
+    views: int = 1
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
+        if self.views == 1:
+            return self._read(index)
+        views = Views(tuple(self._read(index) for _ in range(self.views)))
+        return Unreadable() if any(isinstance(view, Unreadable) for view in views.rows) else views
+
+    def _read(self, index: int) -> Any:
         try:
             with warnings.catch_warnings(action="ignore"):
                 example = self.dataset[index]
@@ -142,7 +161,8 @@ class ReadableOnly:
 
     def __call__(self, examples: list[Any]) -> Any:
         readable = [example for example in examples if not isinstance(example, Unreadable)]
-        return self.collate(readable) if readable else {}
+        rows = [row for one in readable for row in (one.rows if isinstance(one, Views) else (one,))]
+        return self.collate(rows) if rows else {}
 
 
 def image_examples(
