@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch
 
 from . import processes
+from .accounting.journal import sync
 from .errors import CheckpointError, DPVisionError
 
 
@@ -56,12 +56,12 @@ class Draft:
         if checksums:
             (self.folder / CHECKSUMS).write_text(json.dumps(checksums_of(self.folder), indent=2), encoding="utf-8")
         for path in self.folder.rglob("*"):
-            _sync(path)
-        _sync(self.folder)
+            sync(path)
+        sync(self.folder)
         if self.place.exists():
             self.place.rename(self.root / "replaced")
         self.folder.rename(self.place)
-        _sync(self.place.parent)
+        sync(self.place.parent)
         self.discard()
 
     def discard(self) -> None:
@@ -115,11 +115,3 @@ def checksum(path: Path) -> str:
     """
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

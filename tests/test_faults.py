@@ -363,7 +363,7 @@ def test_a_disk_that_fails_at_the_last_moment_leaves_the_checkpoints_before(tmp_
     run = trainer(tmp_path, Linear(), **SAVING | {"max_steps": 2})
     run.train()
     with monkeypatch.context() as patch:
-        patch.setattr(*{"fsync": (drafts, "_sync", fails), "rename": (Path, "rename", fails)}[call])
+        patch.setattr(*{"fsync": (drafts, "sync", fails), "rename": (Path, "rename", fails)}[call])
         with pytest.raises(CheckpointError, match="checkpoint-3 .*No space left"):
             trainer(tmp_path, Linear(), **SAVING).train(resume_from_checkpoint=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2", "privacy"]

@@ -205,7 +205,7 @@ class Journal:
                 file.flush()
                 os.fsync(file.fileno())
             draft.rename(self._path)
-            _sync_folder(self._path.parent)
+            sync(self._path.parent)
         except OSError as error:
             raise _unwritable(error) from error
         self.mark = Mark(run_id, 2, chain)
@@ -283,12 +283,17 @@ def _unwritable(error: OSError) -> LedgerError:
 def _make_folder(folder: Path) -> None:
     if not folder.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
-        _sync_folder(folder.parent)
-        _sync_folder(folder)
+        sync(folder.parent)
+        sync(folder)
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Return when a file, or the list of names of a folder, is on the disk and would survive a loss of power.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
