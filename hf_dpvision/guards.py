@@ -90,6 +90,19 @@ def refuse_model(model: nn.Module) -> None:
     _refuse_running_statistics(model)
 
 
+def refuse_resuming_shards(model: nn.Module, resume_from_checkpoint: str | bool | None) -> None:
+    """Raise if a checkpoint is to be loaded into a model that an earlier `train()` has spread over processes.
+
+    Raises:
+        ArgumentRefused: a checkpoint holds whole tensors, and they are checked against a whole model.
+    """
+    if resume_from_checkpoint and isinstance(model, torch.distributed.fsdp.FSDPModule):
+        raise ArgumentRefused(
+            f"{resume_from_checkpoint=}: an earlier train() has spread this model over the processes, and a checkpoint "
+            "is loaded completely or not at all. Resume with a new DPTrainer and a model that is in one piece."
+        )
+
+
 def _refuse_backward_hooks(model: nn.Module) -> None:
     modules = [f"module {name!r}" for name, m in model.named_modules() if m._backward_hooks or m._backward_pre_hooks]
     parameters = [

@@ -152,6 +152,7 @@ class DPTrainer(PublishingTrainer):
         if trial is not None:
             raise ArgumentRefused(f"{trial=}: no ledger of this trainer would count the trials. Leave it out.")
         self._refuse()
+        guards.refuse_resuming_shards(self.model, resume_from_checkpoint)
         if not is_sharded(self.model):  # by an earlier call
             guards.refuse_model(self.model)
         dataset_size = guards.refuse_dataset(self.train_dataset, self.args)

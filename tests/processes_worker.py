@@ -18,6 +18,7 @@ import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 from trainer_cases import CLASSES, Images, Linear, tiny_vit, trainer, weights  # noqa: E402
@@ -189,6 +190,8 @@ def job_sharded(folder: Path) -> None:
             again = sharded_run(own / kind, build(), save_strategy="no")
             again.train(resume_from_checkpoint=str(point))
             found[kind] = gathered(again.model)
+        with pytest.raises(ArgumentRefused, match="new DPTrainer and a model that is in one piece"):
+            run.train(resume_from_checkpoint=True)
         held = sum(parameter.to_local().numel() for parameter in run.model.parameters())
         report(own, epsilon=run.epsilon().upper, held=held, loss=loss)
         if RANK == 0:
