@@ -98,8 +98,9 @@ def refuse_resuming_shards(model: nn.Module, resume_from_checkpoint: str | bool 
     """
     if resume_from_checkpoint and isinstance(model, torch.distributed.fsdp.FSDPModule):
         raise ArgumentRefused(
-            f"{resume_from_checkpoint=}: an earlier train() has spread this model over the processes, and a checkpoint "
-            "is loaded completely or not at all. Resume with a new DPTrainer and a model that is in one piece."
+            f"{resume_from_checkpoint=}: an earlier train() has spread this model over the processes, and a "
+            "checkpoint is loaded completely or not at all. Resume with a new DPTrainer and a model that is in one "
+            "piece."
         )
 
 
