@@ -28,6 +28,7 @@ from .errors import CaptureError, MixingRefused
 from .functions import (
     FACTORIES,
     JOINING,
+    READING,
     REARRANGING,
     REPEATING,
     SHAPE_LENDING,
@@ -151,6 +152,8 @@ class Interception(TorchFunctionMode):
         return theta.sources if theta else frozenset()
 
     def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function in READING:
+            return function(*args)
         kwargs = kwargs or {}
         involved = list(tensors_in((args, kwargs)))
         thetas = [theta for theta in map(self.theta, involved) if theta is not None]

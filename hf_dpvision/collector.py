@@ -56,6 +56,10 @@ class Collector:
             if all(member in self._held for member in members):  # at once: a sharded parameter is soon gone again
                 self._settle(members)
             return
+        with torch._C.DisableTorchFunction():  # nothing is run again in here, so no mode needs to see it
+            self._take(slot, gradient)
+
+    def _take(self, slot: Slot, gradient: PerExampleGradient) -> None:
         choice = choose(self._norm_rule, slot.shape, self._passes)
         if choice is Choice.KEEP:
             gradient = Instantiated(gradient.instantiate())
