@@ -178,6 +178,11 @@ class Interception(TorchFunctionMode):
             self._mark(function, args, kwargs, result)
         return result
 
+    def saved_bytes(self) -> int:
+        """Bytes of everything computed from the batch that is still alive, hence saved for the backward pass."""
+        storages = (tensor.untyped_storage() for tensor in self.batched)
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
     def _mark(self, function: Callable, args: tuple, kwargs: dict, result: Any) -> None:
         """Note that the results, and what the function wrote to in place, depend on the batch."""
         for tensor in tensors_in(result):

@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         "--norm-rule", choices=("auto", "mixed", "ghost", "instantiate"), default="auto",
         help="auto: our cost model; mixed: the memory rule of Bu, Mao, Xu 2022 (default %(default)s)",
     )  # fmt: skip
+    inspect.add_argument("--measure", action="store_true", help="also run and time both steps on random images")
     return parser
 
 
@@ -184,10 +185,14 @@ def _inspect(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
         raise ArgumentRefused(f"--image-size {arguments.image_size}: an image has at least one pixel a side.")
     from dataclasses import asdict
 
-    from .inspect import format_plan, inspect_model  # here: it loads torch and the model libraries
+    # here: it loads torch and the model libraries
+    from .inspect import format_plan, format_price, inspect_model, measure_model
 
     rows = inspect_model(arguments.model, arguments.image_size, arguments.norm_rule)
-    return [asdict(row) for row in rows], format_plan(rows)
+    if not arguments.measure:
+        return [asdict(row) for row in rows], format_plan(rows)
+    price = measure_model(arguments.model, arguments.image_size, arguments.norm_rule)
+    return [*map(asdict, rows), asdict(price)], f"{format_plan(rows)}\n{format_price(price)}"
 
 
 if __name__ == "__main__":

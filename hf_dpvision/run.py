@@ -162,6 +162,7 @@ class PrivacyRun:
             clipping=args.build_clipping(),
             norm_rule=args.norm_rule,
             backward_passes=args.backward_passes,
+            memory_bound=args.memory_bound,
             noise_multiplier=self.plan.noise_multiplier,
             sample_rate=self.plan.sample_rate,
             planned_steps=self.plan.total_steps,

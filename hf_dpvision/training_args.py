@@ -20,7 +20,7 @@ ACCOUNTANTS = ("prv", "pld", "rdp")
 EVAL_DATA = ("private", "public")
 PRIVACY_UNITS = ("example",)
 _NUMBERS = ("target_epsilon", "noise_multiplier", "target_delta", "per_sample_max_grad_norm", "logical_batch_size",
-            "dataloader_timeout")  # fmt: skip
+            "dataloader_timeout", "memory_bound")  # fmt: skip
 
 
 @dataclass
@@ -83,6 +83,13 @@ class DPTrainingArguments(TrainingArguments):
             "help": "1 keeps what the clipped sum needs; 2 needs less memory and more time. By default 1, but 2 with "
             "activation_checkpointing or fsdp, whose saving of memory would be lost otherwise.",
             "choices": [1, 2],
+        },
+    )
+    memory_bound: float = field(
+        default=1.05,
+        metadata={
+            "help": "With norm_rule 'auto', the memory a step may take, as a ratio to training without privacy: "
+            "the fastest kernels within it, and two backward passes where one would need more. The result is the same."
         },
     )
     accountant: str = field(
@@ -200,6 +207,11 @@ class DPTrainingArguments(TrainingArguments):
                 )
 
     def _check_timeout(self) -> None:
+        if not 0 < self.memory_bound:
+            raise ArgumentRefused(
+                f"memory_bound={self.memory_bound!r} is not a positive ratio to the memory of training without "
+                "privacy. 1.05 allows five percent more."
+            )
         if not 0 <= self.dataloader_timeout < math.inf:
             raise ArgumentRefused(
                 f"dataloader_timeout={self.dataloader_timeout!r}: a number of seconds is needed, or 0 to wait forever."

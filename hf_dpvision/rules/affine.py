@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .gradients import PerExampleGradient, keep_examples, wide
+from .gradients import PerExampleGradient, keep_examples, squared_rows, wide
 
 
 # Gram blocks are at most this many elements, so that the workspace stays small beside the activations.
@@ -29,7 +29,8 @@ class AffineShape:
     """The sizes that decide between ghost and instantiate: positions, input features, output features, groups.
 
     `gram_inputs` is the number of multiplications per entry of the activations' Gram matrix: `inputs`, unless there
-    is a shorter way to it.
+    is a shorter way to it. `held` is how many numbers activation and output gradient of one example are:
+    `g * t * (d + p)`, unless positions share some.
     """
 
     positions: int
@@ -37,6 +38,17 @@ class AffineShape:
     outputs: int
     groups: int = 1
     gram_inputs: float | None = None
+    held: int | None = None
+
+    @property
+    def operand_elements(self) -> int:
+        """Elements of one example's activation and output gradient."""
+        return self.groups * self.positions * (self.inputs + self.outputs) if self.held is None else self.held
+
+    @property
+    def flops(self) -> int:
+        """Floating point operations of one example's gradient."""
+        return 2 * self.positions * self.weight_elements
 
     @property
     def weight_elements(self) -> int:
@@ -91,8 +103,8 @@ def _gram_share(positions: int) -> float:
 def ghost_squared_norms(rows: Tensor, columns: Tensor) -> Tensor:
     """Squared norms `[n]` of `rows_n^T columns_n` from Gram matrices, never forming the product.
 
-    `||R^T C||_F^2 = <R R^T, C C^T>`, summed over groups and positions. Both matrices are symmetric, so only strips from
-    the diagonal to the right are formed. Time `n t^2 (r + c)` to `2 n t^2 (r + c)`, workspace bounded by
+    `||R^T C||_F^2 = <R R^T, C C^T>`, summed over groups and positions. Both matrices are symmetric, so only strips
+    from the diagonal to the right are formed. Time `n t^2 (r + c)` to `2 n t^2 (r + c)`, workspace bounded by
     `WORKSPACE_ELEMENTS`.
 
     Guarantee: not below the true value by more than rounding that does not grow with cancellation between positions
@@ -173,7 +185,10 @@ class Affine(PerExampleGradient):
     def squared_norms(self) -> Tensor:
         dtype = wide(self.rows.dtype)
         magnitudes = magnitude_bound(self.rows.to(dtype), self.columns.to(dtype))
-        return with_product_margin(super().squared_norms(), magnitudes)
+        chunk = max(1, WORKSPACE_ELEMENTS // (self.rows.shape[-1] * self.columns.shape[-1]))
+        parts = zip(self.rows.split(chunk), self.columns.split(chunk), strict=True)
+        squared = torch.cat([squared_rows(Affine(r, c).instantiate()) for r, c in parts])
+        return with_product_margin(squared, magnitudes)
 
     def ghost_squared_norms(self) -> Tensor:
         return ghost_squared_norms(self.rows.unsqueeze(1), self.columns.unsqueeze(1))

@@ -26,7 +26,7 @@ from .affine import (
     with_product_margin,
 )
 from .generic import generic
-from .gradients import PerExampleGradient, keep_examples, wide
+from .gradients import PerExampleGradient, keep_examples, squared_rows, wide
 from .linear import autocast_operands, bias_gradients
 
 
@@ -139,7 +139,10 @@ class ConvGradient(PerExampleGradient):
     def squared_norms(self) -> Tensor:
         x, output_grad, _ = self._wide()
         magnitudes = magnitude_bound(output_grad, x) * math.sqrt(self.geometry.overlap)
-        return with_product_margin(super().squared_norms(), magnitudes)
+        chunk = max(1, WORKSPACE_ELEMENTS // self.weight.numel())
+        parts = zip(x.split(chunk), output_grad.split(chunk), strict=True)
+        forms = (ConvGradient(inputs, grads, self.weight, self.geometry) for inputs, grads in parts)
+        return with_product_margin(torch.cat([squared_rows(form.instantiate()) for form in forms]), magnitudes)
 
     def ghost_squared_norms(self) -> Tensor:
         x, output_grad, _ = self._wide()
@@ -252,11 +255,12 @@ def _affine_shape(x: Tensor, weight: Tensor, geometry: Geometry) -> AffineShape:
     sizes = zip(x.shape[2:], geometry.kernel, geometry.stride, geometry.padding, geometry.dilation, strict=True)
     positions = [(size + 2 * pad - dil * (k - 1) - 1) // step + 1 for size, k, step, pad, dil in sizes]
     outputs, inputs, t = weight.shape[0] // geometry.groups, weight[0].numel(), math.prod(positions)
+    held = x[0].numel() + weight.shape[0] * t
     if not geometry.pixelwise:
-        return AffineShape(t, inputs, outputs, geometry.groups)
+        return AffineShape(t, inputs, outputs, geometry.groups, held=held)
     pixels = math.prod(size + 2 * pad for size, pad in zip(x.shape[2:], geometry.padding, strict=True))
     gram_inputs = weight.shape[1] * (pixels / t) ** 2
-    return AffineShape(t, inputs, outputs, geometry.groups, gram_inputs)
+    return AffineShape(t, inputs, outputs, geometry.groups, gram_inputs, held)
 
 
 def convolution(spatial: int) -> Callable[..., Tensor]:
