@@ -28,6 +28,7 @@ from .errors import CaptureError, MixingRefused
 from .functions import (
     FACTORIES,
     JOINING,
+    READING,
     REARRANGING,
     REPEATING,
     SHAPE_LENDING,
@@ -151,6 +152,8 @@ class Interception(TorchFunctionMode):
         return theta.sources if theta else frozenset()
 
     def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function in READING:
+            return function(*args)
         kwargs = kwargs or {}
         involved = list(tensors_in((args, kwargs)))
         thetas = [theta for theta in map(self.theta, involved) if theta is not None]
@@ -174,6 +177,11 @@ class Interception(TorchFunctionMode):
         if function not in FACTORIES:
             self._mark(function, args, kwargs, result)
         return result
+
+    def saved_bytes(self) -> int:
+        """Bytes of everything computed from the batch that is still alive, hence saved for the backward pass."""
+        storages = (tensor.untyped_storage() for tensor in self.batched)
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def _mark(self, function: Callable, args: tuple, kwargs: dict, result: Any) -> None:
         """Note that the results, and what the function wrote to in place, depend on the batch."""

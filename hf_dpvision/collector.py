@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .rules.affine import Affine
 from .rules.cost import Choice, NormRule, choose
-from .rules.gradients import Instantiated, PerExampleGradient, squared_rows, wide
+from .rules.gradients import PerExampleGradient, squared_rows, wide
+from .rules.planner import Planner
 from .uses import Slot, Uses
 
 
@@ -36,14 +37,24 @@ class Collector:
         uses: what the forward pass recorded.
         norm_rule: ghost, instantiate, or a rule to choose per use.
         backward_passes: with 1 the gradients are held for `weighted_sums`; with 2 only norms leave this object.
+        planner: chooses for each use and computes its norms.
+        non_private_bytes: estimate of the non-private step's peak, for the planner's bound.
+
+    Attributes:
+        backward_passes: as given, or 2 where one pass would hold too much.
     """
 
-    def __init__(self, uses: Uses, norm_rule: NormRule, backward_passes: int) -> None:
-        self._uses, self._norm_rule, self._passes = uses, norm_rule, backward_passes
+    def __init__(
+        self, uses: Uses, norm_rule: NormRule, backward_passes: int, planner: Planner, non_private_bytes: float
+    ) -> None:
+        self._uses, self._norm_rule, self._planner = uses, norm_rule, planner
         self._joint: dict[Slot, list[Slot]] = {}  # those not alone, until their cluster is settled
         for members in clusters(uses.slots):
             if len(members) > 1 or not members[0].theta.isometric:
                 self._joint |= dict.fromkeys(members, members)
+        alone = [slot for slot in uses.slots if slot not in self._joint]
+        plan = planner.plan(alone, uses.n, norm_rule, backward_passes, non_private_bytes)
+        self._choices, self.backward_passes = plan.choices, plan.backward_passes
         first = next(iter(uses.parameters.values()))
         self._squared = torch.zeros(uses.n, dtype=wide(first.dtype), device=first.device)
         self._held: dict[Slot, PerExampleGradient] = {}
@@ -56,11 +67,13 @@ class Collector:
             if all(member in self._held for member in members):  # at once: a sharded parameter is soon gone again
                 self._settle(members)
             return
-        choice = choose(self._norm_rule, slot.shape, self._passes)
-        if choice is Choice.KEEP:
-            gradient = Instantiated(gradient.instantiate())
-        self._squared += gradient.ghost_squared_norms() if choice is Choice.GHOST else gradient.squared_norms()
-        if self._passes == 1:
+        with torch._C.DisableTorchFunction():  # nothing is run again in here, so no mode needs to see it
+            self._take(slot, gradient)
+
+    def _take(self, slot: Slot, gradient: PerExampleGradient) -> None:
+        squared, gradient = self._planner.norms(slot, gradient, self._choices.get(slot))
+        self._squared += squared
+        if self.backward_passes == 1:
             self._held[slot] = gradient
 
     def squared_norms(self) -> Tensor:
@@ -80,7 +93,7 @@ class Collector:
             self._squared += self._joint_squared_norms(delivered)
         for slot in members:
             del self._joint[slot]
-            if self._passes == 2:
+            if self.backward_passes == 2:
                 self._held.pop(slot, None)
 
     def _joint_squared_norms(self, members: list[Slot]) -> Tensor:

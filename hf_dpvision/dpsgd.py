@@ -20,6 +20,7 @@ from .collector import Collector, Summer, Sums, zeros
 from .errors import ArgumentRefused, CaptureError, DataRefused
 from .rules import rule_for
 from .rules.cost import NormRule
+from .rules.planner import Planner, non_private_peak
 from .sharding import followed
 
 
@@ -49,6 +50,8 @@ def clipped_gradient(
     clipping: Clipping,
     norm_rule: NormRule | str = NormRule.AUTO,
     backward_passes: int = 1,
+    memory_bound: float = 1.05,
+    planner: Planner | None = None,
     rows: int = 1,
 ) -> ClippedGradient:
     """The sum over the examples of `batch` of their clipped gradients.
@@ -66,6 +69,9 @@ def clipped_gradient(
         norm_rule: "auto" (our cost model), "mixed" (the paper's rule), "ghost" or "instantiate". Same result, other
             time and memory.
         backward_passes: 1 holds activations and output gradients for the sum; 2 is the paper's algorithm. Same result.
+        memory_bound: how much one pass may hold, as a ratio to the non-private step's peak; where it would be more,
+            this call takes two passes. See `rules.planner.Planner`.
+        planner: what is known about the speed of kernels, for calls to come; it has its own `memory_bound`.
         rows: how many rows of `batch` make one example, several views of one image or several images of one person:
             its tensors have first dimension `n * rows`, the rows of one example adjacent, and `per_example_loss` still
             returns `[n]`, for instance means over rows. What is clipped is the gradient of that.
@@ -74,23 +80,25 @@ def clipped_gradient(
     contributes exactly zero.
 
     Raises:
-        ArgumentRefused: `norm_rule` or `backward_passes` is none of the above.
+        ArgumentRefused: `norm_rule` or `backward_passes` is none of the above, or `memory_bound` is not positive.
         DataRefused: the tensors of `batch` disagree about `n`, or the losses do not have shape `[n]`.
         MixingRefused: an operation lets examples influence one another, or hides which row is whose.
         CaptureError: a trainable parameter was used in a way that cannot be seen, or none was used.
     """
     rule = _checked(norm_rule, backward_passes)
     n = batch_size(batch, rows)
+    if not memory_bound > 0:
+        raise ArgumentRefused(f"memory_bound={memory_bound!r} is not a positive ratio. 1.05 allows five percent more.")
     if n == 0:
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         return ClippedGradient(zeros(parameters), torch.zeros(0))
     forward, losses = _captured_losses(model, per_example_loss, batch, n)
     with _full_precision(losses):
-        collector = Collector(forward.uses, rule, backward_passes)
-        forward.backward(losses, collector.receive, retain=backward_passes == 2)
+        collector = _collector(forward, rule, backward_passes, planner or Planner(memory_bound))
+        forward.backward(losses, collector.receive, retain=collector.backward_passes == 2)
         squared_norms = collector.squared_norms()
         factors = clipping.factors(squared_norms)
-        if backward_passes == 1:
+        if collector.backward_passes == 1:
             gradients = collector.weighted_sums(factors)
         else:
             # The factors enter where the gradients are summed, so that these are the very ones whose norms are known:
@@ -133,7 +141,7 @@ def add_clipped_gradient_to_shards(
     """
     forward, losses = _captured_losses(model, per_example_loss, batch, batch_size(batch, rows))
     with _full_precision(losses):
-        collector = Collector(forward.uses, _checked(norm_rule, 2), backward_passes=2)
+        collector = _collector(forward, _checked(norm_rule, 2), 2, Planner())
         forward.backward(losses, collector.receive, retain=True)
         if unsettled := collector.unsettled():
             raise CaptureError(
@@ -172,9 +180,14 @@ def per_example_norms(
         return torch.zeros(0)
     forward, losses = _captured_losses(model, per_example_loss, batch, n)
     with _full_precision(losses):
-        collector = Collector(forward.uses, rule, backward_passes=2)
+        collector = _collector(forward, rule, 2, Planner())
         forward.backward(losses, collector.receive, retain=False)
         return collector.squared_norms().sqrt()
+
+
+def _collector(forward: Captured, rule: NormRule, backward_passes: int, planner: Planner) -> Collector:
+    non_private = non_private_peak(forward.uses.slots, forward.interception.saved_bytes())
+    return Collector(forward.uses, rule, backward_passes, planner, non_private)
 
 
 def _full_precision(like: Tensor) -> torch.autocast:

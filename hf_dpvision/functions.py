@@ -34,6 +34,11 @@ FACTORIES = {
     ).split()
     if hasattr(owner, name)
 }
+# Attributes that are no tensors: nothing to follow.
+READING = {
+    getattr(Tensor, name).__get__
+    for name in "shape dtype device ndim requires_grad is_leaf layout is_cuda is_cpu itemsize".split()
+}
 # Operations whose second tensor lends only its shape or type.
 SHAPE_LENDING = {Tensor.expand_as, Tensor.view_as, Tensor.reshape_as, Tensor.type_as, Tensor.to}
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from statistics import median
+from time import process_time
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from .capture import Batch, capture
+from .clipping import Flat
+from .dpsgd import clipped_gradient
 from .rules import RULES, rule_for
-from .rules.cost import Choice, NormRule, choose, extra_flops, extra_memory
+from .rules.cost import Choice, NormRule, choose, extra_flops, extra_memory, held, non_private_seconds, seconds
+from .rules.planner import Planner, non_private_peak
 from .uses import Slot
 
 
@@ -30,6 +37,9 @@ class PlannedUse:
         choice: what is planned: "ghost", "keep" (instantiate and hold) or "drop" (instantiate for the norm only).
         extra_memory: float32 numbers held or needed per example for the norm, beyond the non-private step.
         extra_flops: floating point operations per example beyond the non-private step.
+        extra_seconds: modelled time per example beyond it; only its ratio to other times means something.
+        held: numbers per example held for the clipped sum, with one backward pass.
+        flops: floating point operations of one example's gradient, a third of the non-private step's for this use.
     """
 
     parameter: str
@@ -43,27 +53,33 @@ class PlannedUse:
     choice: str
     extra_memory: int
     extra_flops: int
+    extra_seconds: float
+    held: int
+    flops: int
 
 
 def plan(model: nn.Module, batch: Batch, n: int, norm_rule: NormRule, backward_passes: int = 1) -> list[PlannedUse]:
     """The planned uses of one forward pass of `model(**batch)`, in order; private data is not needed, only shapes."""
     with capture(model, batch, n, rule_for) as forward:
-        model(*batch) if isinstance(batch, (list, tuple)) else model(**batch)
-    return [_planned(slot, norm_rule, backward_passes) for slot in forward.uses.slots]
+        output = model(*batch) if isinstance(batch, (list, tuple)) else model(**batch)
+    slots = forward.uses.slots
+    peak = non_private_peak(slots, forward.interception.saved_bytes())
+    del output  # until here it kept alive what a backward pass would need
+    choices = Planner().plan(slots, n, norm_rule, backward_passes, peak).choices
+    unshaped = choose(norm_rule, None, backward_passes)
+    return [_planned(slot, choices.get(slot, unshaped), backward_passes) for slot in slots]
 
 
-def _planned(slot: Slot, norm_rule: NormRule, backward_passes: int) -> PlannedUse:
-    choice = choose(norm_rule, slot.shape, backward_passes)
-    elements = slot.theta.tensor.numel()
-    sizes = (None,) * 4
-    if slot.shape is not None:
-        sizes = slot.shape.positions, slot.shape.inputs, slot.shape.outputs, slot.shape.groups
-    paper = "ghost" if choose(NormRule.MIXED, slot.shape, backward_passes) is Choice.GHOST else "instantiate"
-    return PlannedUse(
-        "+".join(sorted(slot.theta.sources)), slot.operation, slot.generic, *sizes, paper, choice.value,
-        elements if slot.shape is None else extra_memory(choice, slot.shape),
-        0 if slot.shape is None else extra_flops(choice, slot.shape),
-    )  # fmt: skip
+def _planned(slot: Slot, choice: Choice, backward_passes: int) -> PlannedUse:
+    elements, shape = slot.theta.tensor.numel(), slot.shape
+    paper = "ghost" if choose(NormRule.MIXED, shape, backward_passes) is Choice.GHOST else "instantiate"
+    sizes, costs = (None,) * 4, (elements, 0, 0.0, elements, 0)
+    if shape is not None:
+        sizes = shape.positions, shape.inputs, shape.outputs, shape.groups
+        costs = (extra_memory(choice, shape), extra_flops(choice, shape), seconds(choice, shape), held(choice, shape),
+                 shape.flops)  # fmt: skip
+    name = "+".join(sorted(slot.theta.sources))
+    return PlannedUse(name, slot.operation, slot.generic, *sizes, paper, choice.value, *costs)
 
 
 def inspect_model(model_name: str, image_size: int, norm_rule: str = "mixed") -> list[PlannedUse]:
@@ -80,6 +96,73 @@ def inspect_model(model_name: str, image_size: int, norm_rule: str = "mixed") ->
     model = load_model(model_name, pretrained=False, image_size=image_size, replace_batchnorm="freeze").eval()
     batch = {"pixel_values": torch.zeros(1, 3, image_size, image_size)}
     return plan(model, batch, 1, NormRule(norm_rule))
+
+
+@dataclass(frozen=True)
+class Price:
+    """What a step costs, in seconds of processor time and bytes of peak memory.
+
+    Attributes:
+        seconds, peak_bytes: of the non-private step and of ours, beyond the parameters.
+    """
+
+    seconds: tuple[float, float]
+    peak_bytes: tuple[int, int]
+
+
+def measure_model(model_name: str, image_size: int, norm_rule: str = "auto", n: int = 8) -> Price:
+    """Time and memory of the non-private step and of ours, on `n` random images; no optimizer, no noise.
+
+    The steps take turns, the median of five rounds counts; the first round, in which kernels are timed, does not.
+
+    Raises:
+        As `inspect_model`.
+    """
+    from .models import load_model
+
+    model = load_model(model_name, pretrained=False, image_size=image_size, replace_batchnorm="freeze").eval()
+    batch = {"pixel_values": torch.randn(n, 3, image_size, image_size)}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    planner = Planner(measure=True)
+
+    def losses(module: nn.Module, images: Batch) -> Tensor:
+        output = module(**images)
+        return torch.logsumexp(output if isinstance(output, Tensor) else output.logits, dim=-1)
+
+    def non_private() -> None:
+        torch.autograd.grad(losses(model, batch).sum(), trained, allow_unused=True)
+
+    def ours() -> None:
+        clipped_gradient(model, losses, batch, clipping=Flat(1.0), norm_rule=norm_rule, planner=planner)
+
+    rounds = [[_spent(step) for step in (non_private, ours)] for _ in range(6)][1:]
+    times = tuple(median(times) for times in zip(*rounds, strict=True))
+    return Price(times, (_peak(non_private), _peak(ours)))
+
+
+def _spent(step: Callable[[], None]) -> float:
+    start = process_time()
+    step()
+    return process_time() - start
+
+
+def _peak(step: Callable[[], None]) -> int:
+    """Highest level of the allocator above that at the start, by the profiler's record of every allocation."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        step()
+    events = sorted(record.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    levels = accumulate(event.nbytes() for event in events if event.name() == "[memory]")
+    return max(levels, default=0)
+
+
+def format_price(price: Price) -> str:
+    """Measured time and memory, and the ratio to the non-private step, in two lines."""
+    (plain, ours), (plain_bytes, our_bytes) = price.seconds, price.peak_bytes
+    return (
+        f"Measured time: {plain:.3f} s without privacy, {ours:.3f} s with it (ratio {ours / plain:.2f}).\n"
+        f"Measured peak memory: {plain_bytes / 2**20:.0f} MiB without privacy, {our_bytes / 2**20:.0f} MiB with it "
+        f"(ratio {our_bytes / plain_bytes:.2f})."
+    )
 
 
 def format_plan(rows: Sequence[PlannedUse]) -> str:
@@ -110,10 +193,14 @@ def _totals(rows: Sequence[PlannedUse]) -> str:
         for row in affine
     )
     planned = sum(row.extra_memory for row in affine)
+    extra = sum(row.extra_seconds for row in affine)
+    plain = sum(non_private_seconds(row.flops) for row in affine)
     counts = ", ".join(f"{sum(row.choice == c.value for row in affine)} {c.value}" for c in Choice)
     return (
         f"{len(affine)} affine uses ({counts}), {len(rows) - len(affine)} small ones always instantiated.\n"
         f"Numbers per example for the norms: all ghost {ghost:.3g}, all instantiated {weights:.3g}, by the paper's "
         f"rule {paper:.3g}, as planned {planned:.3g}.\n"
+        f"Predicted: {1 + extra / max(plain, 1e-30):.2f} times the non-private step's time in these uses; "
+        f"{sum(row.held for row in rows):.3g} numbers per example held for the clipped sum.\n"
         f"Uses without a rule of their own: {sum(row.generic for row in rows)}; rules cover {len(RULES)} functions."
     )

@@ -17,6 +17,7 @@ from .dpsgd import PerExampleLoss, add_clipped_gradient_to_shards, clipped_gradi
 from .errors import BudgetExceeded
 from .noise import NoiseSource, add_noise
 from .rules.cost import NormRule
+from .rules.planner import Planner
 from .sampling import KEY_BYTES, new_key
 
 
@@ -109,7 +110,8 @@ class PrivateMechanism:
     `noise_multiplier * clipping.sensitivity()` added, and `ledger` has an event for each of them.
 
     Args:
-        clipping, norm_rule, backward_passes, rows: as for `clipped_gradient`.
+        clipping, norm_rule, backward_passes, rows, memory_bound: as for `clipped_gradient`; kernels are timed once per
+            shape.
         noise_multiplier: sigma, without unit.
         sample_rate: probability with which each example takes part in a step.
         planned_steps: most events that `ledger` may hold.
@@ -125,6 +127,7 @@ class PrivateMechanism:
         norm_rule: NormRule,
         backward_passes: int,
         rows: int,
+        memory_bound: float = 1.05,
         noise_multiplier: float,
         sample_rate: float,
         planned_steps: int,
@@ -140,6 +143,7 @@ class PrivateMechanism:
         self._journal = journal
         self._norm_rule = norm_rule
         self._backward_passes, self._rows = backward_passes, rows
+        self._planner = Planner(memory_bound, measure=True)
         self._noise = noise
 
     def sum_gradients(self, model: nn.Module, per_example_loss: PerExampleLoss, batch: Any) -> dict[str, Tensor]:
@@ -152,6 +156,7 @@ class PrivateMechanism:
             norm_rule=self._norm_rule,
             backward_passes=self._backward_passes,
             rows=self._rows,
+            planner=self._planner,
         ).gradients
 
     def add_to_shards(

@@ -90,6 +90,7 @@ class Rehearsal:
                 clipped_gradient(
                     model, self._loss, examples, clipping=args.build_clipping(), norm_rule=args.norm_rule,
                     backward_passes=args.backward_passes, rows=args.augmentation_multiplicity,
+                    memory_bound=args.memory_bound,
                 )  # fmt: skip
 
         model.train()

@@ -174,6 +174,7 @@ class PrivacyRun:
             norm_rule=args.norm_rule,
             backward_passes=args.backward_passes,
             rows=args.augmentation_multiplicity,
+            memory_bound=args.memory_bound,
             noise_multiplier=self.plan.noise_multiplier,
             sample_rate=self.plan.sample_rate,
             planned_steps=self.plan.total_steps,

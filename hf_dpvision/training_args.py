@@ -20,7 +20,7 @@ ACCOUNTANTS = ("prv", "pld", "rdp")
 EVAL_DATA = ("private", "public")
 PRIVACY_UNITS = ("example",)
 _NUMBERS = ("target_epsilon", "noise_multiplier", "target_delta", "per_sample_max_grad_norm", "logical_batch_size",
-            "dataloader_timeout")  # fmt: skip
+            "dataloader_timeout", "memory_bound")  # fmt: skip
 _AUTO = "auto"
 
 
@@ -92,6 +92,13 @@ class DPTrainingArguments(TrainingArguments):
             "help": "So many views of each drawn image, from random transforms; their gradients are averaged before "
             "clipping, so that the privacy is the same (De et al. 2022, arXiv:2204.13650). A step takes as many times "
             "longer; per_device_train_batch_size counts views."
+        },
+    )
+    memory_bound: float = field(
+        default=1.05,
+        metadata={
+            "help": "With norm_rule 'auto', the memory a step may take, as a ratio to training without privacy: "
+            "the fastest kernels within it, and two backward passes where one would need more. The result is the same."
         },
     )
     accountant: str = field(
@@ -231,6 +238,11 @@ class DPTrainingArguments(TrainingArguments):
                 )
 
     def _check_timeout(self) -> None:
+        if not 0 < self.memory_bound:
+            raise ArgumentRefused(
+                f"memory_bound={self.memory_bound!r} is not a positive ratio to the memory of training without "
+                "privacy. 1.05 allows five percent more."
+            )
         if not 0 <= self.dataloader_timeout < math.inf:
             raise ArgumentRefused(
                 f"dataloader_timeout={self.dataloader_timeout!r}: a number of seconds is needed, or 0 to wait forever."

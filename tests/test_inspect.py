@@ -4,7 +4,7 @@ import timm
 import torch
 from torch import nn
 
-from hf_dpvision.inspect import format_plan, inspect_model, plan
+from hf_dpvision.inspect import format_plan, format_price, inspect_model, measure_model, plan
 from hf_dpvision.rules.cost import NormRule
 
 
@@ -53,3 +53,10 @@ def test_an_operation_without_a_rule_is_named_in_the_plan():
 
     text = format_plan(plan(Odd(), (torch.zeros(1, 4),), 1, NormRule.AUTO))
     assert "einsum (generic: slow)" in text
+
+
+def test_measuring_a_model_reports_both_steps():
+    price = measure_model("timm/test_vit", 160, "auto", n=2)
+    assert min(price.seconds) > 0 and min(price.peak_bytes) > 0
+    text = format_price(price)
+    assert f"{price.seconds[1]:.3f} s with it" in text and "MiB without privacy" in text

@@ -18,7 +18,8 @@ from hf_dpvision.rules.cost import NormRule
 
 OWN = (
     "target_epsilon", "noise_multiplier", "target_delta", "per_sample_max_grad_norm", "logical_batch_size", "clipping",
-    "norm_rule", "backward_passes", "accountant", "eval_data", "privacy_unit", "disable_dp", "self_check",
+    "norm_rule", "backward_passes", "memory_bound", "accountant", "eval_data", "privacy_unit", "disable_dp",
+    "self_check",
 )  # fmt: skip
 
 
@@ -47,6 +48,8 @@ OWN = (
         ({"per_sample_max_grad_norm": 0.0}, "max_norm=0.0"),
         ({"per_sample_max_grad_norm": float("nan")}, "max_norm=nan"),
         ({"clipping": "Flat"}, "clipping='Flat' 'flat' 'automatic'"),
+        ({"memory_bound": 0.0}, "memory_bound=0.0 positive"),
+        ({"memory_bound": float("nan")}, "memory_bound=nan"),
         ({"norm_rule": "best"}, "norm_rule='best' 'ghost'"),
         ({"backward_passes": 3}, "backward_passes=3"),
         ({"accountant": "gdp"}, "accountant='gdp' 'prv'"),

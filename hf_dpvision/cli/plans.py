@@ -17,6 +17,7 @@ instantiate, and the memory and time that this needs. Weights are random, becaus
 examples:
   hf-dpvision inspect timm/vgg11 --image-size 224
   hf-dpvision inspect timm/deit_tiny_patch16_224 --norm-rule mixed --json
+  hf-dpvision inspect timm/vit_small_patch16_224 --measure
 """
 
 
@@ -29,12 +30,17 @@ def register(commands: Any) -> None:
         "--norm-rule", choices=("auto", "mixed", "ghost", "instantiate"), default="auto",
         help="auto: our cost model; mixed: the memory rule of Bu, Mao, Xu 2022 (default %(default)s)",
     )  # fmt: skip
+    inspect.add_argument("--measure", action="store_true", help="also run and time both steps on random images")
 
 
 def _inspect(arguments: argparse.Namespace) -> Answer:
     if arguments.image_size < 1:
         raise ArgumentRefused(f"--image-size {arguments.image_size}: an image has at least one pixel a side.")
-    from ..inspect import format_plan, inspect_model  # here: it loads torch and the model libraries
+    # here: it loads torch and the model libraries
+    from ..inspect import format_plan, format_price, inspect_model, measure_model
 
     rows = inspect_model(arguments.model, arguments.image_size, arguments.norm_rule)
-    return Answer([asdict(row) for row in rows], format_plan(rows))
+    if not arguments.measure:
+        return Answer([asdict(row) for row in rows], format_plan(rows))
+    price = measure_model(arguments.model, arguments.image_size, arguments.norm_rule)
+    return Answer([*map(asdict, rows), asdict(price)], f"{format_plan(rows)}\n{format_price(price)}")

@@ -7,16 +7,21 @@ the layout of the weight, `[p, d]`; for `x @ W` it is the other way round. Every
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from .gradients import PerExampleGradient, keep_examples, wide
+from .gradients import PerExampleGradient, keep_examples, squared_rows, wide
 
 
 # Gram blocks are at most this many elements, so that the workspace stays small beside the activations.
 WORKSPACE_ELEMENTS = 2**22
+# Rows of a Gram matrix formed at a time: short strips leave out more of the lower triangle, long ones multiply faster.
+# A multiple of the 16 numbers of a vector register.
+STRIP = 112
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,8 @@ class AffineShape:
     """The sizes that decide between ghost and instantiate: positions, input features, output features, groups.
 
     `gram_inputs` is the number of multiplications per entry of the activations' Gram matrix: `inputs`, unless there
-    is a shorter way to it.
+    is a shorter way to it. `held` is how many numbers activation and output gradient of one example are:
+    `g * t * (d + p)`, unless positions share some.
     """
 
     positions: int
@@ -32,6 +38,17 @@ class AffineShape:
     outputs: int
     groups: int = 1
     gram_inputs: float | None = None
+    held: int | None = None
+
+    @property
+    def operand_elements(self) -> int:
+        """Elements of one example's activation and output gradient."""
+        return self.groups * self.positions * (self.inputs + self.outputs) if self.held is None else self.held
+
+    @property
+    def flops(self) -> int:
+        """Floating point operations of one example's gradient."""
+        return 2 * self.positions * self.weight_elements
 
     @property
     def weight_elements(self) -> int:
@@ -47,10 +64,8 @@ class AffineShape:
     def gram_flops(self) -> int:
         """Floating point operations for both Gram matrices of one example."""
         if self.gram_inputs is not None:
-            return int(self.gram_elements * (self.gram_inputs + self.outputs))
-        # Above one block of positions only the upper triangle of blocks is formed.
-        symmetric = 0.75 if _block_length(self.positions) < self.positions else 1.0
-        return int(symmetric * self.gram_elements * (self.inputs + self.outputs))
+            return int(self.gram_elements * (self.gram_inputs + _gram_share(self.positions) * self.outputs))
+        return int(_gram_share(self.positions) * self.gram_elements * (self.inputs + self.outputs))
 
 
 # Rounding of the kernels, in units of the type's machine epsilon times `sum_t ||rows_t|| ||columns_t||` (its square
@@ -58,10 +73,9 @@ class AffineShape:
 _ROUNDING = 1
 
 
-def magnitude(rows: Tensor, columns: Tensor) -> Tensor:
-    """`sum_gt ||rows_gt|| ||columns_gt||`, `[n]`: what rounding errors of the product are proportional to."""
-    lengths = torch.linalg.vector_norm(rows, dim=-1) * torch.linalg.vector_norm(columns, dim=-1)
-    return lengths.sum((1, 2))
+def magnitude_bound(rows: Tensor, columns: Tensor) -> Tensor:
+    """At least `sum_t ||rows_t|| ||columns_t||`, `[n]`, by Cauchy and Schwarz: two passes over contiguous memory."""
+    return torch.linalg.vector_norm(rows.flatten(1), dim=1) * torch.linalg.vector_norm(columns.flatten(1), dim=1)
 
 
 def with_ghost_margin(squared_norms: Tensor, magnitudes: Tensor) -> Tensor:
@@ -80,16 +94,18 @@ def with_product_margin(squared_norms: Tensor, magnitudes: Tensor) -> Tensor:
     return (squared_norms.sqrt() + _ROUNDING * torch.finfo(magnitudes.dtype).eps * magnitudes).square()
 
 
-def _block_length(positions: int) -> int:
-    """Blocks of positions: two or more halve the work nearly (only the upper triangle of blocks is formed)."""
-    return positions if positions < 128 else -(-positions // 2) if positions < 512 else 256
+def _gram_share(positions: int) -> float:
+    """Share of a Gram matrix that is formed: strips of rows, each from the diagonal to the right."""
+    strips = range(0, positions, STRIP)
+    return sum(min(STRIP, positions - i) * (positions - i) for i in strips) / max(1, positions**2)
 
 
 def ghost_squared_norms(rows: Tensor, columns: Tensor) -> Tensor:
     """Squared norms `[n]` of `rows_n^T columns_n` from Gram matrices, never forming the product.
 
-    `||R^T C||_F^2 = <R R^T, C C^T>`, summed over groups and over blocks of positions; a block off the diagonal counts
-    twice. Time `n t^2 (r + c)` to `2 n t^2 (r + c)`, workspace bounded by `WORKSPACE_ELEMENTS`.
+    `||R^T C||_F^2 = <R R^T, C C^T>`, summed over groups and positions. Both matrices are symmetric, so only strips
+    from the diagonal to the right are formed. Time `n t^2 (r + c)` to `2 n t^2 (r + c)`, workspace bounded by
+    `WORKSPACE_ELEMENTS`.
 
     Guarantee: not below the true value by more than rounding that does not grow with cancellation between positions
     (see `with_ghost_margin`).
@@ -102,27 +118,40 @@ def ghost_squared_norms(rows: Tensor, columns: Tensor) -> Tensor:
     rows, columns = rows.to(wide(rows.dtype)), columns.to(wide(columns.dtype))
     n, groups, positions, _ = rows.shape
     if positions == 1:
-        return (rows.square().sum(-1) * columns.square().sum(-1)).sum((1, 2))
-    length = _block_length(positions)
-    chunk = max(1, WORKSPACE_ELEMENTS // max(1, groups * length * length))
-    total = rows.new_zeros(n)
-    for start in range(0, n, chunk):
-        r, c = rows[start : start + chunk], columns[start : start + chunk]
-        for i in range(0, positions, length):
-            for j in range(i, positions, length):
-                gram_r = r[:, :, i : i + length] @ r[:, :, j : j + length].transpose(-1, -2)
-                gram_c = c[:, :, i : i + length] @ c[:, :, j : j + length].transpose(-1, -2)
-                block = gram_r.mul_(gram_c).sum((1, 2, 3))
-                total[start : start + chunk] += block if i == j else 2 * block
-    return with_ghost_margin(total.clamp_(min=0), magnitude(rows, columns))  # clamp keeps NaN
+        squared = (rows.square().sum(-1) * columns.square().sum(-1)).sum((1, 2))
+        return with_ghost_margin(squared, squared.sqrt())
+    chunk = max(1, WORKSPACE_ELEMENTS // max(1, groups * min(positions, STRIP) * positions))
+    parts = zip(rows.split(chunk), columns.split(chunk), strict=True)
+    return torch.cat([_from_strips(r, partial(_gram_strip, c)) for r, c in parts])
 
 
 def gram_squared_norms(rows: Tensor, gram: Tensor) -> Tensor:
     """As `ghost_squared_norms`, for `rows [n, g, t, r]` and columns given by their Gram matrix `[n, g, t, t]`."""
-    lengths = gram.diagonal(dim1=2, dim2=3).clamp(min=0).sqrt()
-    magnitudes = (torch.linalg.vector_norm(rows, dim=-1) * lengths).sum((1, 2))
-    squared = (rows @ rows.transpose(-1, -2)).mul_(gram).sum((1, 2, 3)).clamp_(min=0)
-    return with_ghost_margin(squared, magnitudes)
+    return _from_strips(rows, lambda start, end: gram[:, :, start:end, start:])
+
+
+def _gram_strip(factor: Tensor, start: int, end: int) -> Tensor:
+    """Rows `start` to `end` of the Gram matrix of `factor [n, g, t, r]`, columns from `start` on."""
+    return factor[:, :, start:end] @ factor[:, :, start:].transpose(-1, -2)
+
+
+def _from_strips(rows: Tensor, columns_strip: Callable[[int, int], Tensor]) -> Tensor:
+    total, magnitudes = rows.new_zeros(len(rows)), rows.new_zeros(len(rows))
+    positions = rows.shape[2]
+    for start in range(0, positions, STRIP):
+        end = min(start + STRIP, positions)
+        gram, other = _gram_strip(rows, start, end), columns_strip(start, end)
+        # squared lengths of the rows stand on the diagonals, exact but for rounding: nothing cancels there
+        magnitudes += (_diagonal(gram).sqrt() * _diagonal(other).sqrt()).sum((1, 2))
+        product = gram.mul_(other)
+        total += product.sum((1, 2, 3))
+        if end < positions:  # what lies right of the diagonal block counts twice
+            total += product[..., end - start :].sum((1, 2, 3))
+    return with_ghost_margin(total.clamp_(min=0), magnitudes)  # clamp keeps NaN
+
+
+def _diagonal(strip: Tensor) -> Tensor:
+    return strip.diagonal(dim1=2, dim2=3).clamp(min=0)
 
 
 def scaled(tensor: Tensor, factors: Tensor | None) -> Tensor:
@@ -155,8 +184,11 @@ class Affine(PerExampleGradient):
 
     def squared_norms(self) -> Tensor:
         dtype = wide(self.rows.dtype)
-        magnitudes = magnitude(self.rows.to(dtype).unsqueeze(1), self.columns.to(dtype).unsqueeze(1))
-        return with_product_margin(super().squared_norms(), magnitudes)
+        magnitudes = magnitude_bound(self.rows.to(dtype), self.columns.to(dtype))
+        chunk = max(1, WORKSPACE_ELEMENTS // (self.rows.shape[-1] * self.columns.shape[-1]))
+        parts = zip(self.rows.split(chunk), self.columns.split(chunk), strict=True)
+        squared = torch.cat([squared_rows(Affine(r, c).instantiate()) for r, c in parts])
+        return with_product_margin(squared, magnitudes)
 
     def ghost_squared_norms(self) -> Tensor:
         return ghost_squared_norms(self.rows.unsqueeze(1), self.columns.unsqueeze(1))

@@ -26,10 +26,22 @@ class Choice(Enum):
 
 # One float moved to or from memory costs about as much as this many floating point operations on a CPU.
 _FLOPS_PER_FLOAT = 8
+# Floating point operations per second of the model, those of one core; ratios decide, not the level.
+_RATE = 1e11
 
 
 def _instantiate(backward_passes: int) -> Choice:
     return Choice.KEEP if backward_passes == 1 else Choice.DROP
+
+
+def allowed(backward_passes: int) -> list[Choice]:
+    """The choices there are: with two passes nothing is held, so nothing can be kept."""
+    return [Choice.GHOST, Choice.DROP, *([Choice.KEEP] if backward_passes == 1 else [])]
+
+
+def held(choice: Choice, shape: AffineShape) -> int:
+    """Numbers per example held from the backward pass to the clipped sum, when there is one pass."""
+    return shape.weight_elements if choice is Choice.KEEP else shape.operand_elements
 
 
 def extra_memory(choice: Choice, shape: AffineShape) -> int:
@@ -39,30 +51,37 @@ def extra_memory(choice: Choice, shape: AffineShape) -> int:
 
 def extra_flops(choice: Choice, shape: AffineShape) -> int:
     """Floating point operations per example beyond a non-private step, whose weight gradient takes `2 t p d`."""
-    gradient = 2 * shape.positions * shape.weight_elements
     if choice is Choice.KEEP:
         return 2 * shape.weight_elements  # the weighted sum replaces nothing else: the gradient is needed anyway
-    return shape.gram_flops if choice is Choice.GHOST else gradient
+    return shape.gram_flops if choice is Choice.GHOST else shape.flops
 
 
-def _cheapest(shape: AffineShape, backward_passes: int) -> Choice:
-    """The least time per example among the choices that hold no more than activation and output gradient."""
+def seconds(choice: Choice, shape: AffineShape) -> float:
+    """Modelled seconds per example beyond a non-private step: operations and memory traffic."""
     traffic = {
         Choice.GHOST: 1.5 * shape.gram_elements,
         Choice.KEEP: 3 * shape.weight_elements,
         Choice.DROP: shape.weight_elements,
     }
-    allowed = [Choice.GHOST, Choice.DROP]
-    held = shape.groups * shape.positions * (shape.inputs + shape.outputs)
-    if backward_passes == 1 and shape.weight_elements <= held:
-        allowed.append(Choice.KEEP)
-    return min(
-        allowed, key=lambda c: extra_flops(c, shape) + _FLOPS_PER_FLOAT * traffic[c]
-    )
+    return extra_flops(choice, shape) / _RATE + traffic_seconds(traffic[choice])
+
+
+def traffic_seconds(numbers: float) -> float:
+    """Modelled seconds to move so many numbers to or from memory."""
+    return _FLOPS_PER_FLOAT * numbers / _RATE
+
+
+def non_private_seconds(gradient_flops: int) -> float:
+    """Modelled seconds per example of forward pass, input gradient and weight gradient, equally long."""
+    return 3 * gradient_flops / _RATE
 
 
 def choose(rule: NormRule, shape: AffineShape | None, backward_passes: int) -> Choice:
-    """The choice for a use of the given sizes; uses without an affine form are small and always instantiated."""
+    """The choice for a use of the given sizes; uses without an affine form are small and always instantiated.
+
+    For `NormRule.AUTO` the one that is modelled as fastest among those that hold no more than activation and output
+    gradient; `planner.Planner` weighs all uses of a step together.
+    """
     if shape is None or rule is NormRule.INSTANTIATE:
         return _instantiate(backward_passes)
     if rule is NormRule.GHOST:
@@ -70,4 +89,5 @@ def choose(rule: NormRule, shape: AffineShape | None, backward_passes: int) -> C
     if rule is NormRule.MIXED:
         ghost = 2 * shape.positions**2 < shape.inputs * shape.outputs
         return Choice.GHOST if ghost else _instantiate(backward_passes)
-    return _cheapest(shape, backward_passes)
+    neutral = [c for c in allowed(backward_passes) if held(c, shape) <= shape.operand_elements]
+    return min(neutral, key=lambda choice: seconds(choice, shape))

@@ -18,7 +18,7 @@ from .generic import generic
 from .gradients import Instantiated, wide
 
 
-def _deliver(slots: tuple, scale: Tensor | None, shift: Tensor) -> None:
+def _deliver(slots: tuple, scale: Tensor | None, shift: Tensor | None) -> None:
     weight_slot, bias_slot = slots
     if weight_slot is not None:
         weight_slot.receive(Instantiated(scale.reshape(scale.shape[0], *weight_slot.theta.tensor.shape)))
@@ -64,14 +64,15 @@ class LayerNormUse(torch.autograd.Function):
         size = math.prod(ctx.shape)
         g = output_grad.reshape(ctx.n, -1, size)
         g = g.to(wide(g.dtype))
-        scale = None
-        if ctx.slots[0] is not None:
-            # sum_t g x rstd - sum_t g mean rstd, the second one as a product with a row vector.
-            r = rstd.reshape(ctx.n, -1, 1).to(g.dtype)
-            scaled_x = x.detach().reshape(ctx.n, -1, size).to(g.dtype) * g
-            centre = (mean.reshape(ctx.n, -1, 1).to(g.dtype) * r).transpose(1, 2) @ g
-            scale = (r.transpose(1, 2) @ scaled_x - centre).squeeze(1)
-        _deliver(ctx.slots, scale, g.sum(1) if ctx.slots[1] is not None else g)
+        if ctx.slots[0] is None:
+            _deliver(ctx.slots, None, None if ctx.slots[1] is None else g.sum(1))
+            return None, grad, None, None, None, None, None, None
+        # sum_t g x rstd - sum_t g mean rstd, and sum_t g: products with row vectors, two of them in one pass over g.
+        r = rstd.reshape(ctx.n, 1, -1).to(g.dtype)
+        weights = torch.cat((mean.reshape(ctx.n, 1, -1).to(g.dtype) * r, torch.ones_like(r)), 1)
+        centre, shift = (weights @ g).unbind(1)
+        scale = (r @ (x.detach().reshape(ctx.n, -1, size).to(g.dtype) * g)).squeeze(1) - centre
+        _deliver(ctx.slots, scale, shift)
         return None, grad, None, None, None, None, None, None
 
 
@@ -105,18 +106,24 @@ class ChannelNormUse(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, output_grad: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, rstd = ctx.saved_tensors
-        grad = ctx.run.backward(output_grad, x, mean, rstd) if ctx.needs_input_grad[1] else None
-        rows, channels = x.shape[:2]
-        g = output_grad.reshape(rows, channels, -1)
-        g = g.to(wide(g.dtype))
-        shift = g.sum(2)
-        scale = None
-        if ctx.slots[0] is not None:
-            product = (g * x.detach().reshape(rows, channels, -1).to(g.dtype)).sum(2)
-            mean, rstd = (ctx.run.per_channel(statistic, rows, channels) for statistic in (mean, rstd))
-            scale = ((product - mean * shift) * rstd).unflatten(0, (ctx.n, -1)).sum(1)
-        _deliver(ctx.slots, scale, shift.unflatten(0, (ctx.n, -1)).sum(1))
+        wanted = ctx.needs_input_grad[1], ctx.slots[0] is not None, ctx.slots[1] is not None
+        grad, scale, shift = ctx.run.backward(output_grad, x.detach(), mean, rstd, wanted)
+        _deliver(ctx.slots, *(s if s is None else s.unflatten(0, (ctx.n, -1)).sum(1) for s in (scale, shift)))
         return None, grad, None, None, None
+
+
+def _scale_and_shift(
+    output_grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients `[rows, channels]` of scale and shift, from statistics that broadcast to that shape."""
+    g = output_grad.reshape(*output_grad.shape[:2], -1)
+    g = g.to(wide(g.dtype))
+    if not any(wanted):
+        return None, None
+    shift = g.sum(2)
+    if not wanted[0]:
+        return None, shift
+    return ((g * x.reshape(g.shape).to(g.dtype)).sum(2) - mean * shift) * rstd, shift
 
 
 class GroupNorm:
@@ -131,14 +138,31 @@ class GroupNorm:
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return torch.native_group_norm(x.contiguous(), self.weight, self.bias, *self._sizes(x), self.groups, self.eps)
 
-    def backward(self, output_grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-        return torch.ops.aten.native_group_norm_backward(
-            output_grad.contiguous(), x.contiguous(), mean, rstd, self.weight, *self._sizes(x), self.groups,
-            [True, False, False],
-        )[0]  # fmt: skip
-
-    def per_channel(self, statistic: Tensor, rows: int, channels: int) -> Tensor:
-        return statistic.reshape(rows, self.groups).repeat_interleave(channels // self.groups, 1)
+    def backward(
+        self, output_grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, wanted: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of the input, and per row `[rows, channels]` of scale and shift, as far as wanted."""
+        rows, channels, positions = self._sizes(x)
+        output_grad, x = output_grad.contiguous(), x.contiguous()
+        kernel = torch.ops.aten.native_group_norm_backward
+        if self.weight is None or output_grad.dtype != wide(output_grad.dtype):
+            grad = kernel(
+                output_grad, x, mean, rstd, self.weight, rows, channels, positions, self.groups,
+                [wanted[0], False, False],
+            )[0]  # fmt: skip
+            statistics = (s.reshape(rows, -1).repeat_interleave(channels // self.groups, 1) for s in (mean, rstd))
+            return grad, *_scale_and_shift(output_grad, x, *statistics, wanted[1:])
+        # Groups know nothing of one another, so the rows of the batch may as well be more groups of a single row: the
+        # sums over rows are then sums over one, and the framework's kernel has them on its way anyway.
+        grad, scale, shift = kernel(
+            output_grad, x, mean.reshape(1, -1), rstd.reshape(1, -1), self.weight.repeat(rows),
+            1, rows * channels, positions, rows * self.groups, list(wanted),
+        )  # fmt: skip
+        return (
+            grad.view_as(x) if wanted[0] else None,
+            scale.view(rows, channels) if wanted[1] else None,
+            shift.view(rows, channels) if wanted[2] else None,
+        )
 
 
 class FrozenBatchNorm:
@@ -153,12 +177,15 @@ class FrozenBatchNorm:
         out = F.batch_norm(x, self.mean, self.variance, self.weight, self.bias, False, 0.0, self.eps)
         return out, self.mean, torch.rsqrt(self.variance + self.eps)
 
-    def backward(self, output_grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-        scale = rstd if self.weight is None else rstd * self.weight
-        return output_grad * scale.to(output_grad.dtype).view(1, -1, *[1] * (x.ndim - 2))
-
-    def per_channel(self, statistic: Tensor, rows: int, channels: int) -> Tensor:
-        return statistic
+    def backward(
+        self, output_grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, wanted: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of the input, and per row `[rows, channels]` of scale and shift, as far as wanted."""
+        grad = None
+        if wanted[0]:
+            scale = rstd if self.weight is None else rstd * self.weight
+            grad = output_grad * scale.to(output_grad.dtype).view(1, -1, *[1] * (x.ndim - 2))
+        return grad, *_scale_and_shift(output_grad, x, mean, rstd, wanted[1:])
 
 
 def group_norm(

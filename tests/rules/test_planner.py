@@ -1,0 +1,84 @@
+"""The plan holds no more than its bound, is the fastest within it, and changes no result."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import classification_loss, images
+from torch import nn
+
+from hf_dpvision import clipped_gradient, clipping
+from hf_dpvision.errors import ArgumentRefused
+from hf_dpvision.rules import planner as planner_file
+from hf_dpvision.rules.affine import AffineShape
+from hf_dpvision.rules.cost import Choice, NormRule, held, seconds
+from hf_dpvision.rules.planner import Planner
+from hf_dpvision.uses import Slot
+
+
+SHAPES = [
+    AffineShape(3136, 96, 96),
+    AffineShape(196, 384, 1152),
+    AffineShape(256, 1152, 128, gram_inputs=200.0, held=65536),
+    AffineShape(1, 512, 10),
+]
+N = 64
+
+
+def slots() -> list[Slot]:
+    return [Slot(None, "linear", shape, None) for shape in SHAPES]
+
+
+def total(plan: planner_file.Plan) -> int:
+    return 4 * N * sum(held(choice, slot.shape) for slot, choice in plan.choices.items())
+
+
+@pytest.mark.parametrize("mebibytes", [80, 120, 160, 200, 400, 10_000])
+def test_one_pass_holds_at_most_the_bound_and_two_passes_are_taken_otherwise(mebibytes: int) -> None:
+    peak = mebibytes * 2**20
+    plan = Planner(memory_bound=1.0).plan(slots(), N, NormRule.AUTO, 1, peak)
+    least = 4 * N * sum(min(shape.weight_elements, shape.operand_elements) for shape in SHAPES)
+    assert plan.backward_passes == (1 if least <= peak else 2)
+    if plan.backward_passes == 1:
+        assert total(plan) <= peak
+    else:
+        assert Choice.KEEP not in plan.choices.values()
+
+
+def test_without_need_the_fastest_is_chosen() -> None:
+    plan = Planner(memory_bound=1.0).plan(slots(), N, NormRule.AUTO, 1, 2**40)
+    for slot, choice in plan.choices.items():
+        assert seconds(choice, slot.shape) == min(seconds(c, slot.shape) for c in Choice)
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 8, 1, stride=2), nn.Flatten(),
+        nn.Linear(128, 5),
+    ).double()  # fmt: skip
+
+
+@pytest.mark.parametrize("bound", [1e-9, 1.05, 1e9])
+@pytest.mark.parametrize("measure", [False, True])
+def test_bound_and_measurement_change_no_result(
+    bound: float, measure: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planner_file, "_SMALL", 0)
+    monkeypatch.setattr(planner_file, "_WORTH_TIMING", 0)
+    batch, style = images(8, torch.float64), clipping.Flat(0.1)
+    expected = clipped_gradient(net(), classification_loss, batch, clipping=style, norm_rule="instantiate")
+    planner = Planner(bound, measure)
+    for _ in range(2):  # the second time with what was measured in the first
+        result = clipped_gradient(net(), classification_loss, batch, clipping=style, planner=planner)
+        torch.testing.assert_close(result.norms, expected.norms, rtol=1e-10, atol=0)
+        for name, gradient in expected.gradients.items():
+            torch.testing.assert_close(result.gradients[name], gradient, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("bound", [0.0, -1.0, float("nan")])
+def test_a_bound_that_is_no_ratio_is_refused(bound: float) -> None:
+    with pytest.raises(ArgumentRefused, match="memory_bound"):
+        clipped_gradient(
+            net(), classification_loss, images(8, torch.float64), clipping=clipping.Flat(1.0), memory_bound=bound
+        )
