@@ -14,6 +14,7 @@ from trainer_cases import Linear, trainer
 from transformers import TrainerCallback
 
 from hf_dpvision.drafts import Draft
+from hf_dpvision.layouts import Replicated
 from hf_dpvision.mechanism import PrivateMechanism
 from hf_dpvision.noise import NoiseSource
 from hf_dpvision.trainer import DPTrainer
@@ -92,7 +93,7 @@ def live(folder: Path, log: Path, place: str, time: int, resume: bool) -> None:
         return write(descriptor, line)
 
     NoiseSource.normal, os.write = logged, torn
-    DPTrainer._sum_over_microbatches = killer.after("gradient", DPTrainer._sum_over_microbatches)
+    Replicated.sums = killer.after("gradient", Replicated.sums)
     PrivateMechanism.charge = killer.after("charged", PrivateMechanism.charge)
     PrivateMechanism.add_noise = killer.after("noise", PrivateMechanism.add_noise)
     DPTrainer._save = killer.after("weights saved", DPTrainer._save)

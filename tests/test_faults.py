@@ -34,7 +34,7 @@ from trainer_cases import Images, Linear, tiny_vit, trainer, weights
 from transformers import TrainerCallback
 
 from hf_dpvision import accounting, drafts, stating
-from hf_dpvision.accounting import Bounds, prv, rdp
+from hf_dpvision.accounting import Bounds, pld, prv, rdp
 from hf_dpvision.accounting.journal import read_journal
 from hf_dpvision.checkpoints import find_resume_point
 from hf_dpvision.clipping import Flat
@@ -629,6 +629,7 @@ def test_when_the_accountant_fails_the_training_is_kept_and_epsilon_is_the_renyi
     tmp_path, monkeypatch, error, healthy_for
 ):
     monkeypatch.setattr(prv, "epsilon", FailingAccountant(error, healthy_for))
+    monkeypatch.setattr(pld, "available", lambda: False)  # it would be asked before the Rényi bound
     run = trainer(tmp_path, Linear(), seed=None, accountant="prv", logging_steps=1, **SAVING)
     run.train()
     run.save_model()
