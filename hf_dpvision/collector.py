@@ -38,14 +38,14 @@ class Collector:
         norm_rule: ghost, instantiate, or a rule to choose per use.
         backward_passes: with 1 the gradients are held for `weighted_sums`; with 2 only norms leave this object.
         planner: chooses for each use and computes its norms.
-        non_private_bytes: estimate of the non-private step's peak, for the planner's bound.
+        saved_bytes: what the forward pass saved, for the planner's bound.
 
     Attributes:
         backward_passes: as given, or 2 where one pass would hold too much.
     """
 
     def __init__(
-        self, uses: Uses, norm_rule: NormRule, backward_passes: int, planner: Planner, non_private_bytes: float
+        self, uses: Uses, norm_rule: NormRule, backward_passes: int, planner: Planner, saved_bytes: int
     ) -> None:
         self._uses, self._norm_rule, self._planner = uses, norm_rule, planner
         self._joint: dict[Slot, list[Slot]] = {}  # those not alone, until their cluster is settled
@@ -53,7 +53,7 @@ class Collector:
             if len(members) > 1 or not members[0].theta.isometric:
                 self._joint |= dict.fromkeys(members, members)
         alone = [slot for slot in uses.slots if slot not in self._joint]
-        plan = planner.plan(alone, uses.n, norm_rule, backward_passes, non_private_bytes)
+        plan = planner.plan(alone, uses.n, norm_rule, backward_passes, saved_bytes)
         self._choices, self.backward_passes = plan.choices, plan.backward_passes
         first = next(iter(uses.parameters.values()))
         self._squared = torch.zeros(uses.n, dtype=wide(first.dtype), device=first.device)

@@ -20,7 +20,7 @@ from .collector import Collector, Summer, Sums, zeros
 from .errors import ArgumentRefused, CaptureError, DataRefused
 from .rules import rule_for
 from .rules.cost import NormRule
-from .rules.planner import Planner, non_private_peak
+from .rules.planner import Planner
 from .sharding import followed
 
 
@@ -186,8 +186,7 @@ def per_example_norms(
 
 
 def _collector(forward: Captured, rule: NormRule, backward_passes: int, planner: Planner) -> Collector:
-    non_private = non_private_peak(forward.uses.slots, forward.interception.saved_bytes())
-    return Collector(forward.uses, rule, backward_passes, planner, non_private)
+    return Collector(forward.uses, rule, backward_passes, planner, forward.interception.saved_bytes())
 
 
 def _full_precision(like: Tensor) -> torch.autocast:

@@ -17,7 +17,7 @@ from .clipping import Flat
 from .dpsgd import clipped_gradient
 from .rules import RULES, rule_for
 from .rules.cost import Choice, NormRule, choose, extra_flops, extra_memory, held, non_private_seconds, seconds
-from .rules.planner import Planner, non_private_peak
+from .rules.planner import Planner
 from .uses import Slot
 
 
@@ -63,9 +63,9 @@ def plan(model: nn.Module, batch: Batch, n: int, norm_rule: NormRule, backward_p
     with capture(model, batch, n, rule_for) as forward:
         output = model(*batch) if isinstance(batch, (list, tuple)) else model(**batch)
     slots = forward.uses.slots
-    peak = non_private_peak(slots, forward.interception.saved_bytes())
+    saved = forward.interception.saved_bytes()
     del output  # until here it kept alive what a backward pass would need
-    choices = Planner().plan(slots, n, norm_rule, backward_passes, peak).choices
+    choices = Planner().plan(slots, n, norm_rule, backward_passes, saved).choices
     unshaped = choose(norm_rule, None, backward_passes)
     return [_planned(slot, choices.get(slot, unshaped), backward_passes) for slot in slots]
 
@@ -113,7 +113,7 @@ class Price:
 def measure_model(model_name: str, image_size: int, norm_rule: str = "auto", n: int = 8) -> Price:
     """Time and memory of the non-private step and of ours, on `n` random images; no optimizer, no noise.
 
-    The steps take turns, the median of five rounds counts; the first round, in which kernels are timed, does not.
+    The steps take turns, the median of five rounds counts; the first round does not.
 
     Raises:
         As `inspect_model`.
@@ -123,7 +123,7 @@ def measure_model(model_name: str, image_size: int, norm_rule: str = "auto", n: 
     model = load_model(model_name, pretrained=False, image_size=image_size, replace_batchnorm="freeze").eval()
     batch = {"pixel_values": torch.randn(n, 3, image_size, image_size)}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    planner = Planner(measure=True)
+    planner = Planner(measure=torch.accelerator.is_available())  # as training does
 
     def losses(module: nn.Module, images: Batch) -> Tensor:
         output = module(**images)

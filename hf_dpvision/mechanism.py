@@ -110,8 +110,8 @@ class PrivateMechanism:
     `noise_multiplier * clipping.sensitivity()` added, and `ledger` has an event for each of them.
 
     Args:
-        clipping, norm_rule, backward_passes, rows, memory_bound: as for `clipped_gradient`; kernels are timed once per
-            shape.
+        clipping, norm_rule, backward_passes, rows, memory_bound: as for `clipped_gradient`. On an accelerator
+            kernels are timed once per shape; on a CPU the planner's model is as good, and repeatable.
         noise_multiplier: sigma, without unit.
         sample_rate: probability with which each example takes part in a step.
         planned_steps: most events that `ledger` may hold.
@@ -143,7 +143,7 @@ class PrivateMechanism:
         self._journal = journal
         self._norm_rule = norm_rule
         self._backward_passes, self._rows = backward_passes, rows
-        self._planner = Planner(memory_bound, measure=True)
+        self._planner = Planner(memory_bound, measure=torch.accelerator.is_available())
         self._noise = noise
 
     def sum_gradients(self, model: nn.Module, per_example_loss: PerExampleLoss, batch: Any) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from .gradients import PerExampleGradient, keep_examples, squared_rows, wide
 
 
 # Gram blocks are at most this many elements, so that the workspace stays small beside the activations.
-WORKSPACE_ELEMENTS = 2**22
+WORKSPACE_ELEMENTS = 2**20
 # Rows of a Gram matrix formed at a time: short strips leave out more of the lower triangle, long ones multiply faster.
 # A multiple of the 16 numbers of a vector register.
 STRIP = 112

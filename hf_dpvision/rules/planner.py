@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,11 +41,12 @@ class Plan:
 class Planner:
     """Chooses by time under a bound on memory, and learns the times of this machine where it is told to measure.
 
-    The bound: what one backward pass holds for the clipped sum (activations and output gradients, or the gradients of
-    single examples) stays below `memory_bound` times an estimate of the non-private step's peak
-    (`non_private_peak`). Uses are switched to the choice that holds less, in order of the time
-    that this costs per byte; if even the least is too much, two passes hold nothing. Up to 64 MiB are always held.
-    With `backward_passes=2`, or any rule but "auto", there is nothing to weigh.
+    The bound: the estimated peak of one pass (`private_peak`), which holds activations and output gradients or the
+    gradients of single examples for the clipped sum, stays below `memory_bound` times that of the non-private step
+    (`non_private_peak`). Both leave out the workspaces of kernels, which are bounded. Uses are switched to the choice
+    that holds less, in order of the time that this costs per byte; if even the least is too much, two passes hold
+    nothing. Up to 64 MiB are always allowed. With `backward_passes=2`, or any rule but "auto", there is nothing to
+    weigh.
 
     Args:
         memory_bound: ratio to the non-private step, 1.05 for five percent more.
@@ -57,29 +59,28 @@ class Planner:
     _measured: dict[tuple, float] = field(default_factory=dict)
 
     def plan(
-        self, slots: Iterable[Any], n: int, rule: NormRule, backward_passes: int, non_private_bytes: float
+        self, slots: Sequence[Any], n: int, rule: NormRule, backward_passes: int, saved_bytes: int
     ) -> Plan:
-        """The plan for the uses `slots` of a batch of `n`, each of one tensor of its own.
-
-        Args:
-            non_private_bytes: the estimate of the non-private step's peak.
-        """
+        """The plan for the uses `slots` of a batch of `n`, in order; `saved_bytes` as for `non_private_peak`."""
         shaped = {slot: slot.shape for slot in slots if slot.shape is not None}
         if rule is not NormRule.AUTO:
             return Plan({s: choose(rule, shape, backward_passes) for s, shape in shaped.items()}, backward_passes)
         fastest = {s: self._fastest(s.operation, shape, backward_passes) for s, shape in shaped.items()}
         if backward_passes == 2:
             return Plan(fastest, 2)
-        budget = max(_SMALL, self.memory_bound * non_private_bytes) / 4 / max(1, n)  # numbers per example
-        total = sum(held(choice, shaped[s]) for s, choice in fastest.items())
-        for slot, choice in self._cheapest_switches(shaped, fastest):
-            if total <= budget:
-                break
-            total -= held(fastest[slot], shaped[slot]) - held(choice, shaped[slot])
-            fastest[slot] = choice
-        if total > budget:
+        budget = max(_SMALL, self.memory_bound * non_private_peak(slots, saved_bytes))
+        switches = self._cheapest_switches(shaped, fastest)
+
+        def after(count: int) -> dict[Any, Choice]:
+            return fastest | dict(switches[:count])
+
+        # every switch holds less than before, so the first number of them that fits is found by bisection
+        fits = bisect_left(
+            range(len(switches) + 1), True, key=lambda k: private_peak(slots, after(k), n, saved_bytes) <= budget
+        )
+        if fits > len(switches):
             return Plan({s: self._fastest(s.operation, shape, 2) for s, shape in shaped.items()}, 2)
-        return Plan(fastest, 1)
+        return Plan(after(fits), 1)
 
     def norms(self, slot: Any, gradient: PerExampleGradient, choice: Choice | None) -> tuple[Tensor, Any]:
         """Squared norms `[n]` of one use, and what to hold for its sum."""
@@ -132,14 +133,38 @@ def non_private_peak(slots: Sequence[Any], saved_bytes: int) -> float:
         slots: all uses, in order.
         saved_bytes: what the forward pass saved.
     """
-    sizes = [0 if slot.shape is None else slot.shape.operand_elements for slot in slots]
-    saved = peak = float(saved_bytes)
-    gradients = 0
-    for slot, size in zip(reversed(slots), reversed(sizes), strict=True):
+    gradients, peak = 0, 0.0
+    for slot, saved in _releasing(slots, saved_bytes):
         gradients += slot.theta.tensor.nbytes
         peak = max(peak, saved + gradients)
-        saved -= saved_bytes * size / max(1, sum(sizes))
     return peak
+
+
+def private_peak(slots: Sequence[Any], choices: Mapping[Any, Choice], n: int, saved_bytes: int) -> float:
+    """Estimated bytes of the peak of one pass by `choices` on `n` examples, beyond the parameters.
+
+    First what is held comes into being, while what is saved is released; then the sums do, while that is released.
+    """
+    bytes_held = {slot: 4 * n * held(choice, slot.shape) for slot, choice in choices.items()}
+    holding, peak = 0, 0.0
+    for slot, saved in _releasing(slots, saved_bytes):
+        holding += bytes_held.get(slot, 0)
+        peak = max(peak, saved + holding - bytes_held.get(slot, 0) * (choices.get(slot) is not Choice.KEEP))
+    peak = max(peak, holding)
+    for slot in reversed(slots):
+        holding += slot.theta.tensor.nbytes
+        peak = max(peak, holding)
+        holding -= bytes_held.get(slot, 0)
+    return peak
+
+
+def _releasing(slots: Sequence[Any], saved_bytes: int) -> Iterator[tuple[Any, float]]:
+    """Uses in the order of the backward pass, and what of the saved bytes is still there at each."""
+    sizes = {slot: 0 if slot.shape is None else slot.shape.operand_elements for slot in slots}
+    total, saved = max(1, sum(sizes.values())), float(saved_bytes)
+    for slot in reversed(slots):
+        yield slot, saved
+        saved -= saved_bytes * sizes[slot] / total
 
 
 def _seconds(run: Any) -> float:
