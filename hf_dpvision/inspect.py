@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from statistics import median
 from time import process_time
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 from .capture import Batch, capture
 from .clipping import Flat
 from .dpsgd import clipped_gradient
+from .fitting import peak_bytes
 from .rules import RULES, rule_for
 from .rules.cost import Choice, NormRule, choose, extra_flops, extra_memory, held, non_private_seconds, seconds
 from .rules.planner import Planner
@@ -136,23 +135,15 @@ def measure_model(model_name: str, image_size: int, norm_rule: str = "auto", n: 
         clipped_gradient(model, losses, batch, clipping=Flat(1.0), norm_rule=norm_rule, planner=planner)
 
     rounds = [[_spent(step) for step in (non_private, ours)] for _ in range(6)][1:]
+    cpu = torch.device("cpu")
     times = tuple(median(times) for times in zip(*rounds, strict=True))
-    return Price(times, (_peak(non_private), _peak(ours)))
+    return Price(times, (peak_bytes(non_private, cpu), peak_bytes(ours, cpu)))
 
 
 def _spent(step: Callable[[], None]) -> float:
     start = process_time()
     step()
     return process_time() - start
-
-
-def _peak(step: Callable[[], None]) -> int:
-    """Highest level of the allocator above that at the start, by the profiler's record of every allocation."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        step()
-    events = sorted(record.profiler.kineto_results.events(), key=lambda event: event.start_ns())
-    levels = accumulate(event.nbytes() for event in events if event.name() == "[memory]")
-    return max(levels, default=0)
 
 
 def format_price(price: Price) -> str:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable
-
 import pytest
 import torch
 from cases import CASES, Case, classification_loss, images, perturbed
@@ -13,6 +10,7 @@ from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
 from hf_dpvision import clipped_gradient, clipping
 from hf_dpvision.errors import CaptureError
+from hf_dpvision.fitting import peak_bytes
 
 
 FLAT = clipping.Flat(5.0)
@@ -100,24 +98,13 @@ def test_a_block_run_again_drops_what_it_dropped_at_first(passes: int) -> None:
     assert torch.equal(*found)
 
 
-def _peak(run: Callable[[], object]) -> int:
-    """Most bytes of activations alive at once, from the allocator's records."""
-    gc.collect()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    level = highest = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            level += event.nbytes()
-            highest = max(highest, level)
-    return highest
-
-
 def test_two_passes_with_checkpointing_hold_far_less_than_without() -> None:
     batch = images(32, torch.float32)
     plain, checkpointed = vit(8), switched_on(vit(8))
 
     def peak(model: nn.Module) -> int:
-        return _peak(lambda: clipped_gradient(model, loss, batch, clipping=FLAT, backward_passes=2))
+        return peak_bytes(
+            lambda: clipped_gradient(model, loss, batch, clipping=FLAT, backward_passes=2), torch.device("cpu")
+        )
 
     assert peak(checkpointed) < 0.6 * peak(plain)
