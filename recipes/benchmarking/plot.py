@@ -37,6 +37,7 @@ def draw(record: Record, path: Path) -> None:
         panel.axvline(1, color="grey", linewidth=0.8)
         panel.set_xscale("log")
         panel.set_xticks([0.25, 0.5, 1, 2, 4, 8, 16], ["0.25", "0.5", "1", "2", "4", "8", "16"])
+        panel.minorticks_off()  # whose labels would lie on one another
         panel.set_xlabel(f"{label}, ratio to the non-private step")
         panel.margins(x=0.12)
     panels[0].set_yticks(range(len(record.cases)), [title(r).replace(", ", "\n", 1) for r in record.cases], fontsize=8)
