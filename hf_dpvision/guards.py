@@ -145,7 +145,7 @@ def refuse_dataset(dataset: Any, args: DPTrainingArguments) -> int:
     """Raise if logical batches cannot be drawn from the training set; return its size, which counts as public.
 
     Raises:
-        DataRefused: no training set, a stream, an empty set, or a delta that protects nobody in it.
+        DataRefused: no training set, a stream of an unknown kind, an empty set, or a delta that protects nobody in it.
         ArgumentRefused: the expected batch is larger than the set.
     """
     if dataset is None:
@@ -158,8 +158,9 @@ def refuse_dataset(dataset: Any, args: DPTrainingArguments) -> int:
     if isinstance(dataset, torch.utils.data.IterableDataset) or not has_length(dataset):
         raise DataRefused(
             f"train_dataset is a {type(dataset).__module__}.{type(dataset).__qualname__}, a stream without random "
-            "access: a shuffle buffer is not Poisson sampling, and the accounting would not hold. Write the stream "
-            "to disk once and pass the map-style data set, for example datasets.Dataset.from_generator(...)."
+            "access: a shuffle buffer is not Poisson sampling, and the accounting would not hold. Pass it as a "
+            "datasets.IterableDataset, for example IterableDataset.from_generator(...): it is then sampled as "
+            "stream_sampling says. Or pass a map-style data set."
         )
     size = len(dataset)
     if size == 0:

@@ -195,6 +195,11 @@ def refuse_changed_facts(now: Mapping[str, Any], written: Mapping[str, Any]) -> 
         )
 
 
+def planned_epochs(args: DPTrainingArguments, dataset_size: int) -> float:
+    """Return how often every example takes part in the planned steps, on average."""
+    return _planned_steps(args, dataset_size) * args.logical_batch_size / dataset_size
+
+
 def _planned_steps(args: DPTrainingArguments, dataset_size: int) -> int:
     per_epoch = math.ceil(dataset_size / args.logical_batch_size)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)

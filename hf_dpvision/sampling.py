@@ -11,11 +11,12 @@ import hashlib
 import math
 import secrets
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from .errors import ArgumentRefused
 
@@ -27,6 +28,16 @@ _INDICES_PER_CHUNK = 1 << 20  # bounds the memory of one draw, whatever the size
 def new_key() -> bytes:
     """Return 32 bytes from the operating system; whoever knows them knows who took part in which step."""
     return secrets.token_bytes(KEY_BYTES)
+
+
+class Draws(Protocol):
+    """Says who takes part in which step; every process asks, and all get the same answer."""
+
+    def share(self, step: int, rank: int, world_size: int) -> Sequence[Any]:
+        """Return this process's part of the logical batch of `step`, as indices of the training set."""
+
+    def done_before(self, step: int) -> None:
+        """Take note that all steps before `step` have been taken: nobody will ask for them again."""
 
 
 class PoissonSampler:
@@ -66,37 +77,59 @@ class PoissonSampler:
 
     def draw(self, step: int) -> np.ndarray:
         """Return the whole logical batch of `step` as ascending indices, int64 `[n]`, n >= 0."""
+        starts = range(0, self.dataset_size, _INDICES_PER_CHUNK)
+        return np.concatenate(
+            [self.among(step, start, min(_INDICES_PER_CHUNK, self.dataset_size - start)) for start in starts]
+        )
+
+    def among(self, step: int, first: int, count: int) -> np.ndarray:
+        """Return those of the indices `first .. first + count - 1` that are in the batch of `step`, ascending.
+
+        Answers for parts are those for the whole, so that a data set can be gone through in order, its end unknown.
+
+        Args:
+            step: number of the draw.
+            first: a multiple of 4, for the generator makes four words at a time.
+            count: how many indices are asked about, also beyond `dataset_size`.
+        """
         if self._threshold == 1 << 64:
-            return np.arange(self.dataset_size, dtype=np.int64)
-        words = self._stream(step)
-        threshold = np.uint64(self._threshold)
-        parts = []
-        for start in range(0, self.dataset_size, _INDICES_PER_CHUNK):
-            count = min(_INDICES_PER_CHUNK, self.dataset_size - start)
-            parts.append(np.flatnonzero(words.random_raw(count) < threshold).astype(np.int64) + start)
-        return np.concatenate(parts)
-
-    def share(self, step: int, rank: int, world_size: int) -> np.ndarray:
-        """Return this process's part of `draw(step)`; the parts are disjoint, and together they are the draw."""
-        return self.draw(step)[rank::world_size]
-
-    def _stream(self, step: int) -> np.random.Philox:
+            return np.arange(first, first + count, dtype=np.int64)
         digest = hashlib.blake2b(step.to_bytes(8, "little"), key=self._key, digest_size=16, person=b"hf_dpvision draw")
-        return np.random.Philox(key=np.frombuffer(digest.digest(), dtype="<u8").astype(np.uint64))
+        key = np.frombuffer(digest.digest(), dtype="<u8").astype(np.uint64)
+        words = np.random.Philox(key=key, counter=first // 4).random_raw(count)
+        return np.flatnonzero(words < np.uint64(self._threshold)).astype(np.int64) + first
+
+    def share(self, step: int, rank: int, world_size: int) -> list[int]:
+        """Return this process's part of `draw(step)`; the parts are disjoint, and together they are the draw."""
+        return self.draw(step)[rank::world_size].tolist()
+
+    def done_before(self, step: int) -> None:
+        """Nothing is kept for a step."""
+
+
+@dataclass(frozen=True)
+class _Share:
+    """This process's part of one step, drawn when it is asked for: steps skipped by a resumed run are never drawn."""
+
+    draws: Draws
+    step: int
+    rank: int
+    world_size: int
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.draws.share(self.step, self.rank, self.world_size))
 
 
 class LogicalBatchIndices:
     """Batch sampler of one epoch: yields this process's indices for one logical step after the other.
 
-    The step number handed to the sampler is `first + epoch * steps_per_epoch + position`, so that no draw is used
-    twice and skipping batches after a resume skips their draws. `first` counts the steps charged beyond those behind
-    the weights: earlier calls of `train()`, and steps lost to a crash.
+    The step number handed to `draws` is `first + epoch * steps_per_epoch + position`, so that no draw is used twice
+    and skipping batches after a resume skips their draws. `first` counts the steps charged beyond those behind the
+    weights: earlier calls of `train()`, and steps lost to a crash.
     """
 
-    def __init__(
-        self, sampler: PoissonSampler, steps_per_epoch: int, rank: int, world_size: int, first: int = 0
-    ) -> None:
-        self._sampler = sampler
+    def __init__(self, draws: Draws, steps_per_epoch: int, rank: int, world_size: int, first: int = 0) -> None:
+        self._draws = draws
         self._steps_per_epoch = steps_per_epoch
         self._rank = rank
         self._world_size = world_size
@@ -110,10 +143,10 @@ class LogicalBatchIndices:
     def __len__(self) -> int:
         return self._steps_per_epoch
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[Iterable[Any]]:
         first = self._first + self._epoch * self._steps_per_epoch
         for step in range(first, first + self._steps_per_epoch):
-            yield self._sampler.share(step, self._rank, self._world_size).tolist()
+            yield _Share(self._draws, step, self._rank, self._world_size)
 
 
 class LogicalBatchLoader(DataLoader):
@@ -124,11 +157,24 @@ class LogicalBatchLoader(DataLoader):
     """
 
     def __init__(self, indices: LogicalBatchIndices, dataset_size: int) -> None:
-        super().__init__(range(dataset_size), batch_sampler=indices, collate_fn=_as_it_is)
+        super().__init__(_Indices(dataset_size), batch_sampler=indices, collate_fn=_as_it_is)
 
     def set_epoch(self, epoch: int) -> None:
         """Called by `Trainer` before each epoch."""
         self.batch_sampler.set_epoch(epoch)
+
+
+@dataclass(frozen=True)
+class _Indices(Dataset):
+    """What an index stands for is loaded later: every index is its own item."""
+
+    size: int
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: Any) -> Any:
+        return index
 
 
 class LogicalBatch:

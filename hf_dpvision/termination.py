@@ -67,6 +67,15 @@ class StopWhenTerminated(TrainerCallback):
     def _note(self, number: int, frame: Any) -> None:
         self._asked = True
 
+    def obey(self) -> None:
+        """Between two steps, in something that takes long: leave now, if SIGTERM came.
+
+        Raises:
+            SystemExit: with code 143. The last checkpoint is what the run is resumed from.
+        """
+        if self._asked:
+            raise SystemExit(EXIT_CODE)
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -20,6 +19,7 @@ from . import agreement, guards, processes
 from .activation_checkpointing import checkpoint_activations
 from .checkpoints import find_resume_point
 from .data.labels import refuse_labels
+from .data.streams import as_stream
 from .drafts import discard_drafts
 from .errors import ArgumentRefused
 from .guards_arguments import refuse_arguments
@@ -33,8 +33,16 @@ from .progress import ClaimAtStart, PrivacyProgress, StopWhenSpent
 from .publishing import PublishingTrainer
 from .rehearsal import Rehearsal
 from .run import PrivacyRun
-from .sampling import LogicalBatch, LogicalBatchIndices, LogicalBatchLoader, MicrobatchStream, PoissonSampler
+from .sampling import (
+    Draws,
+    LogicalBatch,
+    LogicalBatchIndices,
+    LogicalBatchLoader,
+    MicrobatchStream,
+    PoissonSampler,
+)
 from .sharding import is_sharded
+from .streamed import StreamedExamples
 from .termination import StopWhenTerminated
 from .training_args import DPTrainingArguments
 
@@ -87,11 +95,12 @@ class DPTrainer(PublishingTrainer):
         if args.n_gpu > 1:
             logger.warning("One process sees %d GPUs and uses one of them; start one process per GPU.", args.n_gpu)
             args._n_gpu = 1  # otherwise Trainer wraps the model in DataParallel
+        stream = as_stream(train_dataset)
         super().__init__(
             model=model if model is None else _ready(model, args),
             args=args,
             data_collator=data_collator,
-            train_dataset=train_dataset,
+            train_dataset=train_dataset if stream is None else None,  # Trainer would want a length at once
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             model_init=model_init,
@@ -102,6 +111,8 @@ class DPTrainer(PublishingTrainer):
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
+        if stream is not None:
+            self.train_dataset = StreamedExamples(stream, args.build_streaming())
         self._refuse()
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(PrivacyProgress)
@@ -112,6 +123,7 @@ class DPTrainer(PublishingTrainer):
         self.add_callback(self._termination)
         self._mechanism: Mechanism | None = None
         self._layout: Layout | None = None
+        self._draws: Draws | None = None
         self._stream: MicrobatchStream | None = None
         self._rehearsal = Rehearsal(args, self._loss_of_examples)
 
@@ -155,11 +167,13 @@ class DPTrainer(PublishingTrainer):
         guards.refuse_resuming_shards(self.model, resume_from_checkpoint)
         if not is_sharded(self.model):  # by an earlier call
             guards.refuse_model(self.model)
+        if isinstance(self.train_dataset, StreamedExamples):
+            self.train_dataset.prepare(self.args, self._classes)
         dataset_size = guards.refuse_dataset(self.train_dataset, self.args)
         guards.refuse_evaluation_on_training_data(self.eval_dataset, self.train_dataset, self.args)
         guards.warn_of_little_protection(self.args, dataset_size)
-        if self._config is not None and self._config.problem_type in (None, "single_label_classification"):
-            refuse_labels(self.train_dataset, self._config.num_labels)
+        if self._classes is not None:
+            refuse_labels(self.train_dataset, self._classes)
         processes.refuse_disagreement(agreement.digests(self.args, self.model, dataset_size))
         if self.args.activation_checkpointing:
             checkpoint_activations(self.model, self.args.activation_checkpointing_kwargs)
@@ -175,9 +189,12 @@ class DPTrainer(PublishingTrainer):
             if self.args.should_save:
                 discard_drafts(self.args.output_dir)
             try:
-                return super().train(folder, ignore_keys_for_eval=ignore_keys_for_eval)
+                output = super().train(folder, ignore_keys_for_eval=ignore_keys_for_eval)
             finally:
                 self._stream = None  # ends the workers
+        if isinstance(self.train_dataset, StreamedExamples):
+            self.train_dataset.clean_up()
+        return output
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> None:
         """Refuse: every trial looks at the private data, and the best one is chosen by it.
@@ -222,10 +239,14 @@ class DPTrainer(PublishingTrainer):
         """Return the loader whose items are index lists of logical batches; see `get_batch_samples`."""
         args, dataset_size = self.args, guards.refuse_dataset(self.train_dataset, self.args)
         key = processes.same_key(self._run.next_sampling_key(), args.device)
-        sampler = PoissonSampler(key, dataset_size, args.logical_batch_size / dataset_size)
-        steps_per_epoch = math.ceil(dataset_size / args.logical_batch_size)
-        first = self._run.plan.first_draw
-        indices = LogicalBatchIndices(sampler, steps_per_epoch, args.process_index, args.world_size, first)
+        plan, mark = self._run.plan, self._run.mark
+        self._draws = PoissonSampler(key, dataset_size, plan.sample_rate)
+        if isinstance(self.train_dataset, StreamedExamples):
+            run_id, end = "" if mark is None else mark.run_id, plan.first_draw + plan.steps
+            self._draws = self.train_dataset.draws(self._draws, end, run_id, self._termination.obey, args.device)
+        indices = LogicalBatchIndices(
+            self._draws, plan.steps_per_epoch, args.process_index, args.world_size, plan.first_draw
+        )
         self._stream = MicrobatchStream(self._example_loader, self._examples_at_once)
         return LogicalBatchLoader(indices, dataset_size)
 
@@ -256,6 +277,12 @@ class DPTrainer(PublishingTrainer):
         losses = self.per_sample_loss(model, inputs)
         views = self.args.augmentation_multiplicity
         return losses.view(-1, views).mean(1) if views > 1 and losses.ndim == 1 else losses
+
+    @property
+    def _classes(self) -> int | None:
+        """How many classes the labels may name; None if labels are not classes, or nobody says how many there are."""
+        single = self._config is not None and self._config.problem_type in (None, "single_label_classification")
+        return self._config.num_labels if single and self._config.num_labels > 1 else None
 
     @property
     def _examples_at_once(self) -> int:
@@ -297,6 +324,7 @@ class DPTrainer(PublishingTrainer):
         noisy = self._layout.noisy_total(sums, self._mechanism.add_noise)
         mean = {name: value / self._run.plan.expected_batch_size for name, value in noisy.items()}
         self._layout.write_gradients(model, mean)
+        self._draws.done_before(self._run.plan.first_draw + self.state.global_step)
         return torch.zeros((), device=self.args.device)
 
     def _run_step(self, model: nn.Module, microbatch: Any, step: Callable[..., Any]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
@@ -13,6 +14,7 @@ from .clipping import Automatic, Clipping, Flat
 from .errors import ArgumentRefused
 from .rules.cost import NormRule
 from .sharding import Sharding
+from .streaming import Streaming, Way
 
 
 CLIPPING_STYLES = {"flat": Flat, "automatic": Automatic}
@@ -124,6 +126,37 @@ class DPTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Public name of the training data, such as its Hub id, for the privacy statement."},
     )
+    train_dataset_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of training examples if train_dataset is a stream that does not tell it. It is public: "
+            "the sample rate is logical_batch_size / train_dataset_size."
+        },
+    )
+    stream_sampling: str = field(
+        default="auto",
+        metadata={
+            "help": "How a stream (datasets.IterableDataset) is sampled. 'materialise' keeps all rows on the disk "
+            "once and draws by index; 'windows' goes through the stream once for the next stream_window_steps steps "
+            "and keeps what they draw: both are Poisson sampling, at the same epsilon. 'auto' chooses by the number "
+            "of epochs and the disk.",
+            "choices": [way.value for way in Way],
+        },
+    )
+    stream_window_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Steps served by one pass over the stream with stream_sampling 'windows': fewer need less disk "
+            "and more passes. By default as many as an epoch has, or as half of the free disk allows."
+        },
+    )
+    stream_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Private folder for rows of a stream, seen by all processes. By default 'stream' in output_dir, "
+            "deleted when training has ended; given here, materialised rows stay for further runs."
+        },
+    )
     disable_dp: bool = field(
         default=False,
         metadata={
@@ -201,6 +234,16 @@ class DPTrainingArguments(TrainingArguments):
         classes = self.fsdp_config.get("transformer_layer_cls_to_wrap") or ()
         return Sharding(tuple(classes), bool(self.fsdp_config.get("reshard_after_forward", True)))
 
+    def build_streaming(self) -> Streaming:
+        """Return how a stream is to be sampled."""
+        return Streaming(
+            way=Way(self.stream_sampling),
+            folder=Path(self.stream_dir or Path(self.output_dir) / "stream"),
+            stays=self.stream_dir is not None,
+            window_steps=self.stream_window_steps,
+            size=self.train_dataset_size,
+        )
+
     @property
     def place_model_on_device(self) -> bool | None:
         """Whether `Trainer` moves the model to the device: not if it is sharded, since it may not fit there."""
@@ -222,6 +265,7 @@ class DPTrainingArguments(TrainingArguments):
             "accountant": ACCOUNTANTS,
             "eval_data": EVAL_DATA,
             "privacy_unit": PRIVACY_UNITS,
+            "stream_sampling": tuple(way.value for way in Way),
         }
         for name, choices in allowed.items():
             value = getattr(self, name)
@@ -257,8 +301,12 @@ class DPTrainingArguments(TrainingArguments):
                 "least 1. Larger is better for accuracy at a given epsilon; 1000 is a good start for 50,000 images."
             )
         self.logical_batch_size = int(size)
+        for name in ("train_dataset_size", "stream_window_steps"):
+            value = getattr(self, name)
+            if value is not None and not _is_count(value):
+                raise ArgumentRefused(f"{name}={value!r} is not a whole number of at least 1. Leave it out, or count.")
         views = self.augmentation_multiplicity
-        if not isinstance(views, Integral) or isinstance(views, bool) or views < 1:
+        if not _is_count(views):
             raise ArgumentRefused(
                 f"augmentation_multiplicity={views!r}: so many views of each image are averaged, so it is a whole "
                 "number of at least 1. Try 4 or 8 with a random crop and flip."
@@ -293,3 +341,7 @@ class DPTrainingArguments(TrainingArguments):
                 "it bounds the probability that the guarantee fails altogether. 1e-5 suits up to 10,000 images, "
                 "1e-6 up to 100,000."
             )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1

@@ -71,11 +71,23 @@ class ImageExamples(TorchDataset):
         return {"pixel_values": self.transform(picture), "labels": int(label)}
 
 
+class Streamed(TorchDataset):
+    """What stands for a stream in the trainer.
+
+    Attributes:
+        source: the stream as it was given.
+    """
+
+    source: Any
+
+
 def same_rows(one: Any, other: Any) -> bool:
     """Whether two data sets are one: the same object, or `datasets` with the same rows in the same order.
 
-    Formats and transforms do not count; other columns or another order make other rows.
+    Formats and transforms do not count; other columns or another order make other rows. Of streams only the object
+    counts.
     """
+    one, other = (each.source if isinstance(each, Streamed) else each for each in (one, other))
     if isinstance(one, ImageExamples) and isinstance(other, ImageExamples):
         return same_rows(one.rows, other.rows)
     if isinstance(one, Dataset) and isinstance(other, Dataset):

@@ -73,7 +73,17 @@ def check_labels(dataset: Dataset, column: str, names: Sequence[str], part: str 
     """
     if len(dataset) == 0:
         raise DataRefused(f"part {part!r} of the data set is empty: there is nothing to learn from or to test on.")
-    labels = _column(dataset, column)
+    check_label_column(_column(dataset, column), column, names, part)
+
+
+def check_label_column(
+    labels: pa.ChunkedArray, column: str, names: Sequence[str], part: str = "train", first: int = 0
+) -> None:
+    """Check labels as `check_labels` does, `first` being the index of the first of them.
+
+    Raises:
+        DataRefused: as there, but not for no labels at all.
+    """
     kind = labels.type
     if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
         raise DataRefused(
@@ -86,11 +96,11 @@ def check_labels(dataset: Dataset, column: str, names: Sequence[str], part: str 
         )
     if not (pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
         raise DataRefused(f"labels of part {part!r} (column {column!r}) are {kind}: whole numbers are expected.")
-    _refuse_first(pc.is_null(labels), labels, column, part, "is missing")
+    _refuse_first(pc.is_null(labels), labels, column, part, "is missing", first)
     numbers = labels.cast(pa.int64())
-    _refuse_first(pc.less(numbers, 0), numbers, column, part, "is negative (a test part with hidden labels?)")
+    _refuse_first(pc.less(numbers, 0), numbers, column, part, "is negative (a test part with hidden labels?)", first)
     outside = f"is outside the {len(names)} classes 0..{len(names) - 1}"
-    _refuse_first(pc.greater_equal(numbers, len(names)), numbers, column, part, outside)
+    _refuse_first(pc.greater_equal(numbers, len(names)), numbers, column, part, outside, first)
 
 
 def check_images(dataset: Dataset, columns: Columns, part: str = "train", quiet: bool = False) -> None:
@@ -120,10 +130,12 @@ def _column(dataset: Dataset, column: str) -> pa.ChunkedArray:
     return dataset.select_columns([column]).with_format("arrow")[:].column(column)
 
 
-def _refuse_first(bad: pa.ChunkedArray, labels: pa.ChunkedArray, column: str, part: str, why: str) -> None:
+def _refuse_first(
+    bad: pa.ChunkedArray, labels: pa.ChunkedArray, column: str, part: str, why: str, first: int = 0
+) -> None:
     index = pc.index(bad, True).as_py()
     if index >= 0:
         raise DataRefused(
-            f"the label of example {index} of part {part!r} (column {column!r}), {labels[index].as_py()!r}, {why}: "
-            "correct or remove it before training."
+            f"the label of example {first + index} of part {part!r} (column {column!r}), {labels[index].as_py()!r}, "
+            f"{why}: correct or remove it before training."
         )

@@ -1,0 +1,190 @@
+"""The training set of a trainer that was given a stream: a map-style data set of rows that are fetched when needed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from tqdm.auto import tqdm
+
+from . import processes
+from .data import shards
+from .data.examples import Streamed
+from .data.streams import Head, Stream, read_head
+from .data.validation import check_label_column
+from .errors import DataRefused
+from .plan import planned_epochs
+from .sampling import Draws, PoissonSampler
+from .streaming import Cost, Streaming, Way, chosen
+from .training_args import DPTrainingArguments
+from .windows import Place, Windows, folder_of
+
+
+_KEPT = "rows"
+_POLL_SECONDS = 0.5
+
+logger = logging.getLogger(__name__)
+
+
+class StreamedExamples(Streamed):
+    """Examples of a stream, by their place in it, or by `Place` in a window of it.
+
+    Until `prepare` has been called, and in windows always, a plain index is that of one of the first rows.
+
+    Args:
+        stream: what was given.
+        asked: what the arguments say about it.
+    """
+
+    def __init__(self, stream: Stream, asked: Streaming) -> None:
+        self.stream, self.asked = stream, asked
+        self.source = stream.rows
+        self.way: Streaming | None = None
+        self._head: Head | None = None
+        self._size = asked.size or _told_size(stream)
+        self._rows: Any = None  # what a plain index is looked up in
+        self._window: tuple[int, Any] = (-1, None)
+
+    def __len__(self) -> int:
+        if self._size is None:
+            raise TypeError("the number of rows of this stream is not known before it has been read")
+        return self._size
+
+    def __getitem__(self, index: int | Place) -> Any:
+        if not isinstance(index, Place):
+            return self._rows[index]
+        if self._window[0] != index.window:
+            rows = shards.open_rows(folder_of(self.way.folder, index.window))
+            self._window = (index.window, self.stream.examples(rows))
+        return self._window[1][index.row]
+
+    def prepare(self, args: DPTrainingArguments, num_labels: int | None) -> None:
+        """Look at the first rows, decide how the stream is sampled, and keep all rows if that is the way.
+
+        Args:
+            args: of the trainer.
+            num_labels: how many classes there are; None if labels are not classes.
+
+        Raises:
+            DataRefused: the stream is empty, a label is wrong, the disk does not suffice, or the number of rows is not
+                known or not what was declared.
+            LoadingError: the stream cannot be read, or its rows not be written.
+        """
+        self._num_labels, self._quiet = num_labels, args.disable_tqdm
+        self._head = read_head(self.stream)
+        self._rows = self.stream.examples(self._head.rows)
+        self._watch(self._head.rows.with_format("arrow")[:], 0)
+        self.way = self._decided(args)
+        if self.way.way is Way.MATERIALISE:
+            self._materialise(args.process_index == 0)
+
+    def draws(
+        self, sampler: PoissonSampler, end: int, run_id: str, stop: Callable[[], None], device: torch.device
+    ) -> Draws:
+        """Return who takes part in which step.
+
+        Args:
+            sampler: draws by place in the stream.
+            end: number of the draw behind the last one planned.
+            run_id: of the ledger, known to the first process.
+            stop: called now and then while the stream is read; it raises if the run is to end.
+            device: of this process.
+        """
+        if self.way.way is Way.MATERIALISE:
+            return sampler
+        identity = {"run": processes.same_text(run_id or "none", device)}
+
+        def fill(folder: Path, choice: shards.Choice, identity: Mapping[str, Any]) -> None:
+            steps = f"{identity['first'] + 1} to {identity['first'] + identity['steps']}"
+            self._keep(folder, choice, identity, f"drawing for steps {steps}", stop)
+
+        fills = fill if processes.is_first() else None
+        return Windows(self.way.folder, sampler, self.way.window_steps, end, identity, fills)
+
+    def clean_up(self) -> None:
+        """After a training that came to its end: delete what was kept of the stream, unless it was to stay."""
+        if self.way is not None and processes.is_first() and self.way.folder.is_dir():
+            for folder in self.way.folder.glob("window-*"):
+                shards.remove(folder)
+            if not self.way.stays:
+                shards.remove(self.way.folder / _KEPT)
+                self.way.folder.rmdir()
+
+    def _decided(self, args: DPTrainingArguments) -> Streaming:
+        """The first process decides, for all."""
+        told = ""
+        if args.process_index == 0:
+            existing = next(one for one in (self.asked.folder, *self.asked.folder.resolve().parents) if one.is_dir())
+            free = shutil.disk_usage(existing).free
+            cost = Cost(self._size, self._head.bytes_per_row, self._head.seconds_per_row, free)
+            rate = None if self._size is None else min(1.0, args.logical_batch_size / self._size)
+            epochs = args.num_train_epochs if self._size is None else planned_epochs(args, self._size)
+            way = chosen(self.asked, cost, rate, epochs)
+            logger.warning("The stream: %s. stream_sampling: %s.", cost.in_words(), _in_words(way))
+            told = json.dumps({"way": way.way.value, "window_steps": way.window_steps})
+        told = json.loads(processes.same_text(told, args.device))
+        return replace(self.asked, way=Way(told["way"]), window_steps=told["window_steps"])
+
+    def _materialise(self, first_process: bool) -> None:
+        folder = self.way.folder / _KEPT
+        identity = {"kind": "materialised", "features": str(self._head.features)}
+        if first_process:
+            self._keep(folder, shards.Everyone(), identity, "keeping the stream", lambda: None)
+        while (told := shards.Progress.read(folder)) is None or not told.complete:
+            time.sleep(_POLL_SECONDS)
+        self._size = told.seen
+        rows = shards.open_rows(folder)
+        first = rows.select(range(min(len(rows), len(self._head.rows))))
+        if not first.data.table.equals(self._head.rows.data.table):
+            raise DataRefused(
+                f"{self.way.folder.name!r} has the rows of another stream, or this one has no fixed order: its first "
+                "rows differ. Choose another stream_dir, or delete that one."
+            )
+        self._rows = self.stream.examples(rows)
+
+    def _keep(
+        self,
+        folder: Path,
+        choice: shards.Choice,
+        identity: Mapping[str, Any],
+        what: str,
+        stop: Callable[[], None],
+    ) -> None:
+        with tqdm(desc=what, total=self._size, unit=" images", disable=self._quiet) as bar:
+
+            def look(table: pa.Table, first: int) -> None:
+                stop()
+                bar.update(first + len(table) - bar.n)
+                self._watch(table, first)
+
+            told = shards.keep_rows(folder, self.stream, self._head.features, choice, identity, look)
+        if self._size is not None and told.seen != self._size:
+            raise DataRefused(
+                f"the stream {self.stream.part!r} has {told.seen} rows and {self._size} were declared or told by the "
+                "data set: sample rate and statement would be wrong. Set train_dataset_size to the number of rows."
+            )
+
+    def _watch(self, table: pa.Table, first: int) -> None:
+        if self.stream.label is not None and self._num_labels is not None:
+            names = [str(label) for label in range(self._num_labels)]
+            check_label_column(table.column(self.stream.label), self.stream.label, names, self.stream.part, first)
+
+
+def _told_size(stream: Stream) -> int | None:
+    splits, split = stream.rows.info.splits, stream.rows.split
+    told = (splits or {}).get(str(split))
+    return None if told is None else told.num_examples or None
+
+
+def _in_words(way: Streaming) -> str:
+    if way.way is Way.MATERIALISE:
+        return "all rows are kept once and drawn by index"
+    return f"one pass keeps what the next {way.window_steps} steps draw"
