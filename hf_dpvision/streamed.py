@@ -129,9 +129,17 @@ class StreamedExamples(Streamed):
             epochs = args.num_train_epochs if self._size is None else planned_epochs(args, self._size)
             way = chosen(self.asked, cost, rate, epochs)
             logger.warning("The stream: %s. stream_sampling: %s.", cost.in_words(), _in_words(way))
-            told = json.dumps({"way": way.way.value, "window_steps": way.window_steps})
+            folder = self.asked.folder.resolve()
+            shards.make_private(folder)
+            told = json.dumps({"way": way.way.value, "window_steps": way.window_steps, "folder": str(folder)})
         told = json.loads(processes.same_text(told, args.device))
-        return replace(self.asked, way=Way(told["way"]), window_steps=told["window_steps"])
+        folder = Path(told["folder"])
+        if not folder.is_dir():
+            raise DataRefused(
+                f"process {args.process_index} does not see the folder {folder.name!r} in which process 0 keeps the "
+                "rows of the stream. Set stream_dir to a folder that all processes share."
+            )
+        return replace(self.asked, way=Way(told["way"]), window_steps=told["window_steps"], folder=folder)
 
     def _materialise(self, first_process: bool) -> None:
         folder = self.way.folder / _KEPT

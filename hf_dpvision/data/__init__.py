@@ -15,6 +15,7 @@ from .loading import (
     load_image_data,
 )
 from .processors import ModelInput, model_input
+from .streams import ImageStream, image_stream
 from .transforms import (
     Augmentation,
     ImageTransform,
@@ -33,6 +34,7 @@ __all__ = [
     "HubData",
     "ImageData",
     "ImageExamples",
+    "ImageStream",
     "ImageTransform",
     "ModelInput",
     "ParquetData",
@@ -45,6 +47,7 @@ __all__ = [
     "declared_classes",
     "find_columns",
     "image_examples",
+    "image_stream",
     "load_digits",
     "load_image_data",
     "model_input",
