@@ -78,7 +78,7 @@ def _own_bytes(pid: int) -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
 
 
-def pictures() -> list[bytes]:
+def pictures() -> tuple[bytes, ...]:
     """Generate JPEGs of about the size of ImageNet's."""
     generator, encoded = np.random.default_rng(0), []
     for _ in range(DIFFERENT):
@@ -87,16 +87,16 @@ def pictures() -> list[bytes]:
         jpeg = io.BytesIO()
         picture.filter(ImageFilter.SHARPEN).save(jpeg, "JPEG", quality=90)
         encoded.append(jpeg.getvalue())
-    return encoded
+    return tuple(encoded)
 
 
-def rows(encoded: list[bytes], images: int) -> Iterator[dict[str, Any]]:
+def rows(encoded: tuple[bytes, ...], images: int) -> Iterator[dict[str, Any]]:
     """So many rows of these pictures."""
     for index in range(images):
         yield {"image": {"bytes": encoded[index % DIFFERENT], "path": None}, "label": index % 10}
 
 
-def training_set(encoded: list[bytes], images: int, folder: Path) -> ImageExamples:
+def training_set(encoded: tuple[bytes, ...], images: int, folder: Path) -> ImageExamples:
     """The images by index, on the disk, prepared as for a model of 224 pixels."""
     told = {"encoded": encoded, "images": images}
     written = Dataset.from_generator(rows, FEATURES, cache_dir=str(folder), gen_kwargs=told)
