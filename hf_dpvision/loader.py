@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import seed_worker
 
 from .data.examples import OneByOne, ReadableOnly
+from .data.units import ReadableUnits, UnitByUnit
 from .errors import LoadingError
 from .training_args import DPTrainingArguments
 
@@ -34,13 +35,16 @@ def example_loader(
 ) -> DataLoader:
     """Return a loader of the microbatches that `batch_sampler` names, set up by the `dataloader_*` arguments.
 
-    A microbatch lacks its unreadable examples; one that has no other is an empty mapping.
+    A microbatch lacks its unreadable examples; one that has no other is an empty mapping. With `privacy_unit_column`,
+    `batch_sampler` names lists of rows, one for each unit, which become `args.rows_per_unit` weighted rows.
     """
     workers = args.dataloader_num_workers
+    examples = OneByOne(dataset, (*args.label_names, "label", "labels"), args.augmentation_multiplicity)
+    grouped = args.privacy_unit_column is not None
     return ExampleLoader(
-        OneByOne(dataset, (*args.label_names, "label", "labels"), args.augmentation_multiplicity),
+        UnitByUnit(examples) if grouped else examples,
         batch_sampler=batch_sampler,
-        collate_fn=ReadableOnly(collate),
+        collate_fn=ReadableUnits(collate) if grouped else ReadableOnly(collate),
         num_workers=workers,
         pin_memory=args.dataloader_pin_memory,
         persistent_workers=args.dataloader_persistent_workers,

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from .errors import ArgumentRefused
 
@@ -116,6 +116,19 @@ class LogicalBatchIndices:
             yield self._sampler.share(step, self._rank, self._world_size).tolist()
 
 
+class _Positions(Dataset):
+    """Stands for the training set where only positions in it are passed on: any index is its own item."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, position: Any) -> Any:
+        return position
+
+
 class LogicalBatchLoader(DataLoader):
     """The loader `Trainer` iterates over: one item is the list of this process's indices of one logical batch.
 
@@ -124,7 +137,7 @@ class LogicalBatchLoader(DataLoader):
     """
 
     def __init__(self, indices: LogicalBatchIndices, dataset_size: int) -> None:
-        super().__init__(range(dataset_size), batch_sampler=indices, collate_fn=_as_it_is)
+        super().__init__(_Positions(dataset_size), batch_sampler=indices, collate_fn=_as_it_is)
 
     def set_epoch(self, epoch: int) -> None:
         """Called by `Trainer` before each epoch."""

@@ -19,14 +19,16 @@ from transformers.trainer_utils import TrainOutput
 from . import agreement, guards, processes
 from .activation_checkpointing import checkpoint_activations
 from .checkpoints import find_resume_point
+from .data.grouping import Units, without_columns
 from .data.labels import refuse_labels
+from .data.units import WEIGHTS
 from .drafts import discard_drafts
 from .errors import ArgumentRefused
 from .guards_arguments import refuse_arguments
 from .guards_tracking import refuse_uploading_trackers
 from .layouts import Layout, Replicated, Sharded
 from .loader import example_loader, lost_workers_explained
-from .losses import model_losses
+from .losses import losses_of_rows_together, model_losses
 from .mechanism import Mechanism, Randomness, SystemRandomness
 from .models import load_model
 from .progress import ClaimAtStart, PrivacyProgress, StopWhenSpent
@@ -37,6 +39,7 @@ from .sampling import LogicalBatch, LogicalBatchIndices, LogicalBatchLoader, Mic
 from .sharding import is_sharded
 from .termination import StopWhenTerminated
 from .training_args import DPTrainingArguments
+from .unit_sampling import UnitSampler
 
 
 logger = logging.getLogger(__name__)
@@ -48,7 +51,7 @@ class DPTrainer(PublishingTrainer):
     Guarantee: the weights, optimizer state and logs after every step are together `(epsilon, delta)`-differentially
     private for `trainer.epsilon(delta).upper`, under zero-out adjacency with a public data set size. Each step draws a
     Poisson-sampled logical batch, clips each example's gradient, charges the ledger, adds Gaussian noise once and
-    divides by the expected batch size.
+    divides by the expected batch size. With `privacy_unit_column`, units of several examples are drawn and clipped.
 
     Args:
         model: a transformers model, a PEFT model, a timm model (wrapped for transformers), or any other module whose
@@ -113,12 +116,13 @@ class DPTrainer(PublishingTrainer):
         self._mechanism: Mechanism | None = None
         self._layout: Layout | None = None
         self._stream: MicrobatchStream | None = None
+        self._units: Units | None = None
         self._rehearsal = Rehearsal(args, self._loss_of_examples)
 
     def _make_layout(self) -> Layout:
         args, options = self.args, self.args.build_sharding()
         if options is None:
-            return Replicated(self._examples_at_once, args.augmentation_multiplicity, args.device)
+            return Replicated(self._examples_at_once, args.rows_per_unit, args.device)
         return Sharded(options, args.device, lambda: self._rehearsal.examples(1, args.device))
 
     # The run
@@ -155,7 +159,8 @@ class DPTrainer(PublishingTrainer):
         guards.refuse_resuming_shards(self.model, resume_from_checkpoint)
         if not is_sharded(self.model):  # by an earlier call
             guards.refuse_model(self.model)
-        dataset_size = guards.refuse_dataset(self.train_dataset, self.args)
+        self._units = guards.group_units(self.train_dataset, self.args)
+        dataset_size = guards.refuse_dataset(self.train_dataset, self.args, self._units)
         guards.refuse_evaluation_on_training_data(self.eval_dataset, self.train_dataset, self.args)
         guards.warn_of_little_protection(self.args, dataset_size)
         if self._config is not None and self._config.problem_type in (None, "single_label_classification"):
@@ -163,7 +168,7 @@ class DPTrainer(PublishingTrainer):
         processes.refuse_disagreement(agreement.digests(self.args, self.model, dataset_size))
         if self.args.activation_checkpointing:
             checkpoint_activations(self.model, self.args.activation_checkpointing_kwargs)
-        self._rehearsal.look_at(self.train_dataset, self._collator())
+        self._rehearsal.look_at(self._examples(), self._collator())
         self._rehearsal.check(self.model)
         if self.args.finds_batch_size:
             self.args.per_device_train_batch_size = self._rehearsal.largest_batch(self.model, dataset_size)
@@ -220,9 +225,11 @@ class DPTrainer(PublishingTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the loader whose items are index lists of logical batches; see `get_batch_samples`."""
-        args, dataset_size = self.args, guards.refuse_dataset(self.train_dataset, self.args)
+        args, dataset_size = self.args, guards.refuse_dataset(self.train_dataset, self.args, self._units)
         key = processes.same_key(self._run.next_sampling_key(), args.device)
         sampler = PoissonSampler(key, dataset_size, args.logical_batch_size / dataset_size)
+        if self._units is not None:
+            sampler = UnitSampler(sampler, self._units, key, args.examples_per_unit)
         steps_per_epoch = math.ceil(dataset_size / args.logical_batch_size)
         first = self._run.plan.first_draw
         indices = LogicalBatchIndices(sampler, steps_per_epoch, args.process_index, args.world_size, first)
@@ -244,7 +251,11 @@ class DPTrainer(PublishingTrainer):
         return self._get_collator_with_removed_columns(self.data_collator, description="training")
 
     def _example_loader(self, batch_sampler: Any) -> DataLoader:
-        return example_loader(self.train_dataset, self._collator(), batch_sampler, self.args)
+        return example_loader(self._examples(), self._collator(), batch_sampler, self.args)
+
+    def _examples(self) -> Any:
+        named = (self.args.privacy_unit_column, self.args.id_column)
+        return without_columns(self.train_dataset, [name for name in named if name is not None])
 
     # The loss
 
@@ -253,13 +264,15 @@ class DPTrainer(PublishingTrainer):
         return self._losses_and_outputs(model, inputs)[0]
 
     def _loss_of_examples(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        weights = None
+        if self.args.privacy_unit_column is not None:
+            weights, inputs = inputs[WEIGHTS], {name: value for name, value in inputs.items() if name != WEIGHTS}
         losses = self.per_sample_loss(model, inputs)
-        views = self.args.augmentation_multiplicity
-        return losses.view(-1, views).mean(1) if views > 1 and losses.ndim == 1 else losses
+        return losses_of_rows_together(losses, self.args.rows_per_unit, self.args.augmentation_multiplicity, weights)
 
     @property
     def _examples_at_once(self) -> int:
-        return max(1, self.args.per_device_train_batch_size // self.args.augmentation_multiplicity)
+        return max(1, self.args.per_device_train_batch_size // self.args.rows_per_unit)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
