@@ -14,9 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from trainer_cases import CLASSES, Linear, Pictures, tiny_vit, trainer, visits, weights
 
+from hf_dpvision import cli, verify
+from hf_dpvision.accounting.journal import read_journal
 from hf_dpvision.data.units import WEIGHTS, ReadableUnits
 from hf_dpvision.errors import ArgumentRefused
 from hf_dpvision.mechanism import PrivateMechanism
+from hf_dpvision.model_card import write_model_card
+from hf_dpvision.statement import write_statement
+from hf_dpvision.verify import consistency, schema
+from hf_dpvision.wording import not_covered, unit_in_words
 
 
 SIZES = (1, 2, 3, 5, 7, 3, 1, 4)  # fewer than MOST, as many, and more
@@ -312,3 +318,103 @@ def test_two_processes_equal_one_whole_and_sharded(tmp_path_factory, tmp_path):
         together = torch.load(launched.folder / "units" / f"{kind}.pt", weights_only=True)
         assert (together - weights(alone.model)).abs().max() < 1e-6, kind
     assert (weights(alone.model) - weights(tiny_vit())).abs().max() > 1e-3
+
+
+def released(folder: Path, **changes):
+    """The statement of a private run of units, saved with its card."""
+    run = unit_trainer(
+        folder, Linear(), Pictures(), seed=None, logical_batch_size=2, max_steps=4, target_delta=1e-4, **changes
+    )
+    run.train()
+    run.save_model()
+    run.create_model_card()
+    return run.privacy_statement()
+
+
+def findings(folder: Path) -> list[verify.Finding]:
+    return list(verify.verify_folder(folder, ("prv",), forbidden=lambda _: []).findings)
+
+
+@pytest.mark.parametrize("changes", [{}, {"disable_dp": True}, {"accountant": "prv", "augmentation_multiplicity": 2}])
+def test_a_run_of_units_is_verified_as_it_is(tmp_path, changes):
+    released(tmp_path, **changes)
+    assert [str(finding) for finding in findings(tmp_path)] == []
+
+
+def test_unit_column_and_number_stand_wherever_epsilon_does(tmp_path, capsys):
+    statement = released(tmp_path)
+    assert statement["schema_version"] == "1.2" and statement["unit_of_privacy"] == "unit"
+    assert statement["grouping"] == {"column": "patient", "examples_per_unit": MOST}
+    assert statement["sampling"]["dataset_size"] == len(SIZES)
+    assert cli.main(["statement", str(tmp_path)]) == 0
+    card, plain = (tmp_path / "README.md").read_text(), capsys.readouterr().out
+    for text in (statement["claim"], card, plain):
+        assert "column 'patient'" in text and f"at most {MOST}" in text and "one image" not in text
+    assert "equal, but for one unit that is zeroed out" in statement["claim"]
+    assert f"The number of units, N = {len(SIZES)}, is public" in statement["claim"]
+    assert "Each step draws every unit independently" in statement["claim"]
+    for text in (card, plain):
+        assert "one unit, with all its examples, contributes nothing; the number of units is public" in text
+        assert "training units N" in text and "Several units, taken together" in text
+    (facts,) = read_journal(tmp_path).calls
+    named = ("privacy_unit", "privacy_unit_column", "examples_per_unit", "dataset_size")
+    assert [facts[name] for name in named] == ["unit", "patient", MOST, len(SIZES)]
+    capsys.readouterr()
+    cli.main(["verify", str(tmp_path), "--accountants", "prv"])
+    assert "for all training images with the same value in column 'patient'" in capsys.readouterr().out
+
+
+def test_values_of_the_column_are_in_no_file(tmp_path):
+    run = unit_trainer(
+        tmp_path, Linear(), Pictures(), rows=visits(SIZES, "planted-name-{}"), save_strategy="steps", save_steps=1
+    )
+    run.train()
+    run.save_model()
+    run.create_model_card()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 5 and not [path for path in files if b"planted-name" in path.read_bytes()]
+
+
+def tampered(statement: dict, change: str) -> dict:
+    """The statement with another unit."""
+    other = copy.deepcopy(statement)
+    if change == "column":
+        other["grouping"]["column"] = "hospital"
+    elif change == "number":
+        other["grouping"]["examples_per_unit"] = 1
+    elif change == "no grouping":
+        other["grouping"] = None
+    elif change == "example":
+        other["unit_of_privacy"], other["grouping"] = "example", None
+    return other
+
+
+@pytest.mark.parametrize("change", ["column", "number", "no grouping", "example"])
+def test_another_unit_in_the_statement_is_found(tmp_path, change):
+    write_statement(tmp_path, tampered(released(tmp_path), change))
+    named = {finding.field for finding in findings(tmp_path)}
+    assert named & {"grouping", "grouping.column", "grouping.examples_per_unit", "unit_of_privacy"}
+    if change != "no grouping":  # which has not the form of a statement
+        assert "claim" in named and any(field.startswith("differential_privacy.") for field in named)
+
+
+@pytest.mark.parametrize("change", ["column", "number", "example"])
+def test_another_unit_is_found_by_the_ledger_even_if_words_and_card_were_rewritten(tmp_path, change):
+    statement = tampered(released(tmp_path), change)
+    grouping = statement["grouping"] or {"column": None, "examples_per_unit": None}
+    unit = unit_in_words(grouping["column"], grouping["examples_per_unit"])
+    statement["not_covered"] = not_covered("private", unit)
+    statement["claim"] = consistency._claim(statement)
+    write_statement(tmp_path, statement)
+    write_model_card(tmp_path, statement, model_name=tmp_path.name)
+    found = findings(tmp_path)
+    assert found and all("privacy/ledger.jsonl" in finding.problem for finding in found)
+    assert {finding.field for finding in found} <= {
+        "unit_of_privacy", "grouping.column", "grouping.examples_per_unit"
+    }  # fmt: skip
+
+
+def test_a_statement_of_an_older_schema_cannot_name_a_unit(tmp_path):
+    statement = released(tmp_path) | {"schema_version": "1.1"}
+    _, found = schema.read_statement(write_statement(tmp_path, statement), "privacy.json")
+    assert {finding.field for finding in found} >= {"unit_of_privacy"}
