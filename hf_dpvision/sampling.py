@@ -12,6 +12,7 @@ import math
 import secrets
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -116,19 +117,6 @@ class LogicalBatchIndices:
             yield self._sampler.share(step, self._rank, self._world_size).tolist()
 
 
-class _Positions(Dataset):
-    """Stands for the training set where only positions in it are passed on: any index is its own item."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-
-    def __len__(self) -> int:
-        return self._size
-
-    def __getitem__(self, position: Any) -> Any:
-        return position
-
-
 class LogicalBatchLoader(DataLoader):
     """The loader `Trainer` iterates over: one item is the list of this process's indices of one logical batch.
 
@@ -137,11 +125,24 @@ class LogicalBatchLoader(DataLoader):
     """
 
     def __init__(self, indices: LogicalBatchIndices, dataset_size: int) -> None:
-        super().__init__(_Positions(dataset_size), batch_sampler=indices, collate_fn=_as_it_is)
+        super().__init__(_Indices(dataset_size), batch_sampler=indices, collate_fn=_as_it_is)
 
     def set_epoch(self, epoch: int) -> None:
         """Called by `Trainer` before each epoch."""
         self.batch_sampler.set_epoch(epoch)
+
+
+@dataclass(frozen=True)
+class _Indices(Dataset):
+    """What an index stands for is loaded later: every index is its own item."""
+
+    size: int
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: Any) -> Any:
+        return index
 
 
 class LogicalBatch:

@@ -13,20 +13,19 @@ from .clipping import Automatic, Clipping, Flat
 from .errors import ArgumentRefused
 from .rules.cost import NormRule
 from .sharding import Sharding
+from .unit_arguments import PRIVACY_UNITS, UnitArguments
 
 
 CLIPPING_STYLES = {"flat": Flat, "automatic": Automatic}
 ACCOUNTANTS = ("prv", "pld", "rdp")
 EVAL_DATA = ("private", "public")
-PRIVACY_UNITS = ("example", "unit")
 _NUMBERS = ("target_epsilon", "noise_multiplier", "target_delta", "per_sample_max_grad_norm", "logical_batch_size",
             "dataloader_timeout", "memory_bound")  # fmt: skip
 _AUTO = "auto"
-_EXAMPLES_PER_UNIT = 4
 
 
 @dataclass
-class DPTrainingArguments(TrainingArguments):
+class DPTrainingArguments(UnitArguments, TrainingArguments):
     """Arguments of `DPTrainer`: those of `TrainingArguments`, and the following.
 
     Exactly one of `target_epsilon` and `noise_multiplier` is given, unless `disable_dp` is set; `target_delta` and
@@ -61,8 +60,7 @@ class DPTrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "Expected number of examples, or units, per optimizer step, over all devices. "
-            "per_device_train_batch_size is only what fits a device at once and changes neither the privacy nor the "
-            "result."
+            "per_device_train_batch_size is only what fits a device; it changes neither the privacy nor the result."
         },
     )
     clipping: str = field(
@@ -117,33 +115,6 @@ class DPTrainingArguments(TrainingArguments):
             "(best checkpoint, early stopping, plateau schedules), and only then do they stand on the card: the "
             "guarantee does not cover them. Otherwise they are logged with the mark eval_metrics_are_private.",
             "choices": list(EVAL_DATA),
-        },
-    )
-    privacy_unit: str | None = field(
-        default=None,
-        metadata={
-            "help": "Whom the guarantee protects, 'example' or 'unit'; follows from privacy_unit_column.",
-            "choices": list(PRIVACY_UNITS),
-        },
-    )
-    privacy_unit_column: str | None = field(
-        default=None,
-        metadata={
-            "help": "Column of the training data, such as a patient's number: all rows with the same value are one "
-            "unit, protected together. logical_batch_size then counts units, and their number is public."
-        },
-    )
-    examples_per_unit: int | None = field(
-        default=None,
-        metadata={
-            "help": "With privacy_unit_column, the most examples of one unit in one step, 4 by default; of more, so "
-            "many are chosen at random at each step. Every unit takes as much memory and time as if it had so many."
-        },
-    )
-    id_column: str | None = field(
-        default=None,
-        metadata={
-            "help": "Column whose values must all differ: a record that is there twice is protected less than claimed."
         },
     )
     train_data_name: str | None = field(
@@ -211,7 +182,7 @@ class DPTrainingArguments(TrainingArguments):
         self.average_tokens_across_devices = False
         if self.backward_passes is None:
             self.backward_passes = 2 if self.activation_checkpointing or self.fsdp else 1
-        self._derive_unit()
+        self.derive_unit()
         self._check_choices()
         self._check_numbers()
         self._check_timeout()
@@ -300,12 +271,6 @@ class DPTrainingArguments(TrainingArguments):
                 f"label_names={self.label_names!r}: the per-example loss takes its labels from exactly one key of the "
                 "inputs. Leave it at ['labels']."
             )
-
-    def _derive_unit(self) -> None:
-        if self.privacy_unit_column is not None and self.examples_per_unit is None:
-            self.examples_per_unit = _EXAMPLES_PER_UNIT
-        if self.privacy_unit is None:
-            self.privacy_unit = "example" if self.privacy_unit_column is None else "unit"
 
     def _check_budget(self) -> None:
         epsilon, sigma, delta = self.target_epsilon, self.noise_multiplier, self.target_delta
