@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import seed_worker
 
 from .data.examples import OneByOne, ReadableOnly
+from .data.grouping import without_columns
 from .data.units import ReadableUnits, UnitByUnit
 from .errors import LoadingError
 from .training_args import DPTrainingArguments
@@ -30,6 +31,12 @@ def _fetched(loaded: Iterator[Any]) -> Iterator[Any]:
         raise _lost(error) from error
 
 
+def as_read(dataset: Any, args: DPTrainingArguments) -> Any:
+    """Return the data set without the columns by which rows are grouped or told apart: no model is to see them."""
+    named = (args.privacy_unit_column, args.id_column)
+    return without_columns(dataset, [name for name in named if name is not None])
+
+
 def example_loader(
     dataset: Any, collate: Callable[[list[Any]], Any], batch_sampler: Any, args: DPTrainingArguments
 ) -> DataLoader:
@@ -39,7 +46,7 @@ def example_loader(
     `batch_sampler` names lists of rows, one for each unit, which become `args.rows_per_unit` weighted rows.
     """
     workers = args.dataloader_num_workers
-    examples = OneByOne(dataset, (*args.label_names, "label", "labels"), args.augmentation_multiplicity)
+    examples = OneByOne(as_read(dataset, args), (*args.label_names, "label", "labels"), args.augmentation_multiplicity)
     grouped = args.privacy_unit_column is not None
     return ExampleLoader(
         UnitByUnit(examples) if grouped else examples,

@@ -19,7 +19,7 @@ from transformers.trainer_utils import TrainOutput
 from . import agreement, guards, processes
 from .activation_checkpointing import checkpoint_activations
 from .checkpoints import find_resume_point
-from .data.grouping import Units, without_columns
+from .data.grouping import Units
 from .data.labels import refuse_labels
 from .data.units import WEIGHTS
 from .drafts import discard_drafts
@@ -27,7 +27,7 @@ from .errors import ArgumentRefused
 from .guards_arguments import refuse_arguments
 from .guards_tracking import refuse_uploading_trackers
 from .layouts import Layout, Replicated, Sharded
-from .loader import example_loader, lost_workers_explained
+from .loader import as_read, example_loader, lost_workers_explained
 from .losses import losses_of_rows_together, model_losses
 from .mechanism import Mechanism, Randomness, SystemRandomness
 from .models import load_model
@@ -168,7 +168,7 @@ class DPTrainer(PublishingTrainer):
         processes.refuse_disagreement(agreement.digests(self.args, self.model, dataset_size))
         if self.args.activation_checkpointing:
             checkpoint_activations(self.model, self.args.activation_checkpointing_kwargs)
-        self._rehearsal.look_at(self._examples(), self._collator())
+        self._rehearsal.look_at(as_read(self.train_dataset, self.args), self._collator())
         self._rehearsal.check(self.model)
         if self.args.finds_batch_size:
             self.args.per_device_train_batch_size = self._rehearsal.largest_batch(self.model, dataset_size)
@@ -251,11 +251,7 @@ class DPTrainer(PublishingTrainer):
         return self._get_collator_with_removed_columns(self.data_collator, description="training")
 
     def _example_loader(self, batch_sampler: Any) -> DataLoader:
-        return example_loader(self._examples(), self._collator(), batch_sampler, self.args)
-
-    def _examples(self) -> Any:
-        named = (self.args.privacy_unit_column, self.args.id_column)
-        return without_columns(self.train_dataset, [name for name in named if name is not None])
+        return example_loader(self.train_dataset, self._collator(), batch_sampler, self.args)
 
     # The loss
 
