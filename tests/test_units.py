@@ -341,6 +341,13 @@ def test_a_run_of_units_is_verified_as_it_is(tmp_path, changes):
     assert [str(finding) for finding in findings(tmp_path)] == []
 
 
+def test_an_odd_name_of_the_column_breaks_no_line_of_card_and_claim(tmp_path):
+    name = "pa|t\nie`n'*t*"
+    statement = released(tmp_path, rows=visits(SIZES).rename_column("patient", name), privacy_unit_column=name)
+    assert statement["grouping"]["column"] == name
+    assert [str(finding) for finding in findings(tmp_path)] == []
+
+
 def test_unit_column_and_number_stand_wherever_epsilon_does(tmp_path, capsys):
     statement = released(tmp_path)
     assert statement["schema_version"] == "1.2" and statement["unit_of_privacy"] == "unit"
