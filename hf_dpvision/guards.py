@@ -19,6 +19,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_utils import has_length
 
 from .data.examples import same_rows
+from .data.grouping import Units, group_rows, refuse_repeated_ids
 from .errors import ArgumentRefused, DataRefused, ModelRefused
 from .guards_arguments import ONE_DEVICE, PUBLIC, SELECTION, SHARDED, has_private_metrics
 from .training_args import DPTrainingArguments
@@ -141,13 +142,47 @@ def _sees_other_examples(module: nn.Module) -> bool:
     return isinstance(module, _NormBase) and module.training and module.track_running_stats
 
 
-def refuse_dataset(dataset: Any, args: DPTrainingArguments) -> int:
-    """Raise if logical batches cannot be drawn from the training set; return its size, which counts as public.
+def group_units(dataset: Any, args: DPTrainingArguments) -> Units | None:
+    """Return the rows of each unit of privacy; None where every example is a unit of its own.
+
+    Raises:
+        DataRefused: the training set cannot be drawn from; it has no such columns; a unit or an id is missing; or two
+            rows have the same id.
+    """
+    _refuse_kind(dataset)
+    if args.id_column is not None:
+        refuse_repeated_ids(dataset, args.id_column)
+    return None if args.privacy_unit_column is None else group_rows(dataset, args.privacy_unit_column)
+
+
+def refuse_dataset(dataset: Any, args: DPTrainingArguments, units: Units | None = None) -> int:
+    """Raise if logical batches cannot be drawn from the training set; return its size N, which counts as public.
+
+    Args:
+        dataset: the training set.
+        args: of the trainer.
+        units: the rows of each unit, if rows are grouped; N is their number then.
 
     Raises:
         DataRefused: no training set, a stream of an unknown kind, an empty set, or a delta that protects nobody in it.
         ArgumentRefused: the expected batch is larger than the set.
     """
+    _refuse_kind(dataset)
+    size, noun = (len(dataset), "example") if units is None else (len(units), "unit")
+    if args.logical_batch_size > size:
+        raise ArgumentRefused(
+            f"logical_batch_size={args.logical_batch_size} is larger than the training set of {size} {noun}s, so the "
+            f"sample rate would exceed 1. Choose at most {size}."
+        )
+    if not args.disable_dp and args.target_delta * size >= 1:
+        raise ArgumentRefused(
+            f"target_delta={args.target_delta} is not below 1 / {size} {noun}s: publishing one whole {noun} would "
+            f"satisfy such a guarantee. Choose about {1 / (10 * size):.0e}."
+        )
+    return size
+
+
+def _refuse_kind(dataset: Any) -> None:
     if dataset is None:
         raise DataRefused("train_dataset is None: there is nothing to train on. Pass it to DPTrainer.")
     if isinstance(dataset, torch.utils.data.DataLoader):
@@ -162,27 +197,15 @@ def refuse_dataset(dataset: Any, args: DPTrainingArguments) -> int:
             "datasets.IterableDataset, for example IterableDataset.from_generator(...): it is then sampled as "
             "stream_sampling says. Or pass a map-style data set."
         )
-    size = len(dataset)
-    if size == 0:
+    if len(dataset) == 0:
         raise DataRefused("train_dataset is empty: no example could ever be drawn. Check the split and the filters.")
-    if args.logical_batch_size > size:
-        raise ArgumentRefused(
-            f"logical_batch_size={args.logical_batch_size} is larger than the training set of {size} examples, so the "
-            f"sample rate would exceed 1. Choose at most {size}."
-        )
-    if not args.disable_dp and args.target_delta * size >= 1:
-        raise ArgumentRefused(
-            f"target_delta={args.target_delta} is not below 1 / {size} examples: publishing one whole example would "
-            f"satisfy such a guarantee. Choose about {1 / (10 * size):.0e}."
-        )
-    return size
 
 
 def warn_of_little_protection(args: DPTrainingArguments, dataset_size: int) -> None:
     """Warn, in the main process, of a guarantee that will be true and say little."""
     if args.disable_dp or args.process_index != 0:
         return
-    batch = args.logical_batch_size
+    batch, noun = args.logical_batch_size, args.privacy_unit
     if args.noise_multiplier is not None and args.noise_multiplier < _LITTLE_NOISE:
         logger.warning(
             "noise_multiplier=%g is below %g: little protection; look at the epsilon it leads to.",
@@ -193,14 +216,16 @@ def warn_of_little_protection(args: DPTrainingArguments, dataset_size: int) -> N
         logger.warning("target_epsilon=%g: little protection. Values from 1 to 8 are usual.", args.target_epsilon)
     if dataset_size < _FEW_EXAMPLES:
         logger.warning(
-            "The training set has %d examples: noise that hides one of so few hides most of what they have in common.",
+            "The training set has %d %ss: noise that hides one of so few hides most of what they have in common.",
             dataset_size,
+            noun,
         )
     if batch < dataset_size < 2 * batch:
         logger.warning(
-            "logical_batch_size=%d is more than half of the %d training examples: sampling hardly lowers epsilon.",
+            "logical_batch_size=%d is more than half of the %d training %ss: sampling hardly lowers epsilon.",
             batch,
             dataset_size,
+            noun,
         )
 
 

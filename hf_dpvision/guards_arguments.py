@@ -59,6 +59,16 @@ def _is_finite(value: object) -> bool:
     return isinstance(value, Real) and math.isfinite(value)
 
 
+def _is_name(column: object) -> bool:
+    return column is None or isinstance(column, str) and bool(column)
+
+
+def _is_count_of(column: object, most: object) -> bool:
+    if column is None or most is None:
+        return column is most
+    return isinstance(most, Integral) and not isinstance(most, bool) and most >= 1
+
+
 # What Trainer fills in, and the only values that change nothing; two further keys are used.
 _PLAIN_SHARDING = {
     "min_num_params": 0, "xla": False, "xla_fsdp_v2": False, "xla_fsdp_grad_ckpt": False, "version": 2,
@@ -173,6 +183,36 @@ _TABLE = (
         lambda args: args.train_sampling_strategy != "random",
         "the accounting holds for Poisson sampling only",
         "Leave it unset: logical batches are always Poisson-sampled.",
+    ),
+    _Row(
+        "privacy_unit",
+        lambda args: args.privacy_unit != ("example" if args.privacy_unit_column is None else "unit"),
+        "it contradicts privacy_unit_column, and the claim would be about others than are protected",
+        "Leave it unset and give privacy_unit_column, or not, to DPTrainingArguments; the unit follows from that.",
+    ),
+    _Row(
+        "privacy_unit_column",
+        lambda args: not _is_name(args.privacy_unit_column),
+        "rows cannot be grouped by it",
+        "Give the name of a column of the training data.",
+    ),
+    _Row(
+        "examples_per_unit",
+        lambda args: not _is_count_of(args.privacy_unit_column, args.examples_per_unit),
+        "with privacy_unit_column it is a whole number of at least 1, and without it no example has a unit",
+        "Give both, or neither; about as many as most units have is a good choice.",
+    ),
+    _Row(
+        "id_column",
+        lambda args: not _is_name(args.id_column),
+        "rows cannot be told apart by it",
+        "Give the name of a column of the training data.",
+    ),
+    _Row(
+        "id_column",
+        lambda args: args.id_column is not None and args.id_column == args.privacy_unit_column,
+        "it is privacy_unit_column as well, and values that all differ make every example a unit of its own",
+        "Leave one of them unset.",
     ),
     _Row(
         "dataloader_drop_last",

@@ -11,6 +11,8 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import seed_worker
 
 from .data.examples import OneByOne, ReadableOnly
+from .data.grouping import without_columns
+from .data.units import ReadableUnits, UnitByUnit
 from .errors import LoadingError
 from .training_args import DPTrainingArguments
 
@@ -29,18 +31,27 @@ def _fetched(loaded: Iterator[Any]) -> Iterator[Any]:
         raise _lost(error) from error
 
 
+def as_read(dataset: Any, args: DPTrainingArguments) -> Any:
+    """Return the data set without the columns by which rows are grouped or told apart: no model is to see them."""
+    named = (args.privacy_unit_column, args.id_column)
+    return without_columns(dataset, [name for name in named if name is not None])
+
+
 def example_loader(
     dataset: Any, collate: Callable[[list[Any]], Any], batch_sampler: Any, args: DPTrainingArguments
 ) -> DataLoader:
     """Return a loader of the microbatches that `batch_sampler` names, set up by the `dataloader_*` arguments.
 
-    A microbatch lacks its unreadable examples; one that has no other is an empty mapping.
+    A microbatch lacks its unreadable examples; one that has no other is an empty mapping. With `privacy_unit_column`,
+    `batch_sampler` names lists of rows, one for each unit, which become `args.rows_per_unit` weighted rows.
     """
     workers = args.dataloader_num_workers
+    examples = OneByOne(as_read(dataset, args), (*args.label_names, "label", "labels"), args.augmentation_multiplicity)
+    grouped = args.privacy_unit_column is not None
     return ExampleLoader(
-        OneByOne(dataset, (*args.label_names, "label", "labels"), args.augmentation_multiplicity),
+        UnitByUnit(examples) if grouped else examples,
         batch_sampler=batch_sampler,
-        collate_fn=ReadableOnly(collate),
+        collate_fn=ReadableUnits(collate) if grouped else ReadableOnly(collate),
         num_workers=workers,
         pin_memory=args.dataloader_pin_memory,
         persistent_workers=args.dataloader_persistent_workers,

@@ -130,6 +130,21 @@ def _guess(logits: Tensor, labels: Tensor) -> str:
     return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
 
 
+def losses_of_rows_together(losses: Tensor, rows: int, views: int = 1, weights: Tensor | None = None) -> Tensor:
+    """Return one loss for every `rows` adjacent rows: the sum over its examples of the mean over their views, `[n]`.
+
+    Args:
+        losses: one per row, `[n * rows]`; of another shape they are returned as they are, to be refused.
+        rows: that make one unit, a multiple of `views`.
+        views: adjacent rows of one example.
+        weights: of each row, `[n * rows]`, 0 for one that only fills up; by default 1.
+    """
+    if losses.ndim != 1 or rows == 1 and weights is None:
+        return losses
+    weighted = losses if weights is None else losses * weights.to(losses.dtype)
+    return weighted.view(-1, rows).sum(1) / views
+
+
 def model_losses(
     model: nn.Module,
     inputs: Mapping[str, Any],

@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 
 from .errors import ArgumentRefused
-from .wording import COVERED, is_protected, plain_sentences, rows
+from .wording import is_protected, plain_sentences, rows, unit_of
 
 
 CARD_NAME = "README.md"
@@ -124,7 +124,7 @@ def privacy_blocks(statement: Mapping[str, Any]) -> list[str]:
     contents = {
         "paragraphs": plain_sentences(statement),
         "rows": rows(statement) if protected else [],
-        "covered": COVERED,
+        "covered": unit_of(statement).covered,
         "statement": statement,
         "protected": protected,
     }

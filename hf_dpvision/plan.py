@@ -19,13 +19,15 @@ from .training_args import DPTrainingArguments
 
 logger = logging.getLogger(__name__)
 
+_UNIT = ("privacy_unit", "privacy_unit_column", "examples_per_unit")
+
 
 @dataclass(frozen=True)
 class Plan:
     """Fixed before the first step of a call of `train()`, and public.
 
     Attributes:
-        dataset_size: N.
+        dataset_size: N, the number of examples, or of units.
         expected_batch_size: B, what the noisy sum is divided by.
         steps: logical steps from the start of this training to its end, those before a resume included.
         total_steps: steps after which the ledger is full.
@@ -146,7 +148,7 @@ def facts_of(args: DPTrainingArguments, dataset_size: int, model: nn.Module, sec
         "accountant": args.accountant,
         "clipping": args.clipping,
         "per_sample_max_grad_norm": float(args.per_sample_max_grad_norm),
-        "privacy_unit": args.privacy_unit,
+        **_unit(args),
         "trainable_parameters": _trainable(model),
         "secret_randomness": secret,
     }
@@ -198,6 +200,25 @@ def refuse_changed_facts(now: Mapping[str, Any], written: Mapping[str, Any]) -> 
 def planned_epochs(args: DPTrainingArguments, dataset_size: int) -> float:
     """Return how often every example takes part in the planned steps, on average."""
     return _planned_steps(args, dataset_size) * args.logical_batch_size / dataset_size
+
+
+def refuse_another_unit(now: Mapping[str, Any], written: Mapping[str, Any]) -> None:
+    """Raise if steps that protected one unit would be counted together with steps that protect another one.
+
+    Raises:
+        ArgumentRefused: naming each value as it is now and as it was.
+    """
+    pairs = [(name, now[name], written.get(name)) for name in _UNIT]
+    changed = [f"{name}: {new!r} now, {old!r} before" for name, new, old in pairs if new != old]
+    if changed:
+        raise ArgumentRefused(
+            f"The first train() of this run had another unit of privacy ({'; '.join(changed)}): one epsilon cannot "
+            "speak of both. Set it back, or start a new run in another output_dir."
+        )
+
+
+def _unit(args: DPTrainingArguments) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in _UNIT}
 
 
 def _planned_steps(args: DPTrainingArguments, dataset_size: int) -> int:

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .data.units import WEIGHTS
 from .dpsgd import PerExampleLoss, clipped_gradient
+from .errors import DataRefused
 from .fitting import largest_batch
 from .probe import describe_example, explained_failure, random_examples
 from .self_check import checked_sharding, self_check
@@ -37,10 +39,14 @@ class Rehearsal:
     def look_at(self, dataset: Any, collate: Callable[[list[Any]], Any]) -> None:
         """Learn names, shapes and types of one collated example; see `describe_example` for what is refused."""
         self._description = describe_example(dataset, collate, self._args.label_names[0])
+        if self._args.privacy_unit_column is not None:
+            if WEIGHTS in self._description:
+                raise DataRefused(f"An example has the key {WEIGHTS!r}, which is reserved. Rename it.")
+            self._description[WEIGHTS] = torch.empty(1, device="meta")
 
     def examples(self, count: int, device: torch.device) -> dict[str, Tensor]:
-        """Random examples of what was looked at, all views of each, always the same."""
-        rows = count * self._args.augmentation_multiplicity
+        """Random examples, or units, of what was looked at, all rows of each, weights included; always the same."""
+        rows = count * self._args.rows_per_unit
         return random_examples(self._description, rows, self._args.label_names[0], device)
 
     def check(self, model: nn.Module) -> None:
@@ -55,7 +61,7 @@ class Rehearsal:
                     examples,
                     norm_rule=self._args.norm_rule,
                     backward_passes=self._args.backward_passes,
-                    rows=self._args.augmentation_multiplicity,
+                    rows=self._args.rows_per_unit,
                 )
 
     def placing(self, model: nn.Module) -> AbstractContextManager:
@@ -66,7 +72,7 @@ class Rehearsal:
         examples = self.examples(1, next(model.parameters()).device)
         return checked_sharding(
             model, self._loss, examples, device=self._args.device, norm_rule=self._args.norm_rule,
-            rows=self._args.augmentation_multiplicity,
+            rows=self._args.rows_per_unit,
         )  # fmt: skip
 
     def largest_batch(self, model: nn.Module, dataset_size: int) -> int:
@@ -89,12 +95,12 @@ class Rehearsal:
             else:
                 clipped_gradient(
                     model, self._loss, examples, clipping=args.build_clipping(), norm_rule=args.norm_rule,
-                    backward_passes=args.backward_passes, rows=args.augmentation_multiplicity,
+                    backward_passes=args.backward_passes, rows=args.rows_per_unit,
                     memory_bound=args.memory_bound,
                 )  # fmt: skip
 
         model.train()
-        return largest_batch(step, args.device, most) * args.augmentation_multiplicity
+        return largest_batch(step, args.device, most) * args.rows_per_unit
 
     def _wanted(self, model: nn.Module) -> bool:
         # a sharded model was checked by an earlier call, and cannot be copied

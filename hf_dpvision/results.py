@@ -50,6 +50,7 @@ class RecipeRecord:
         metric: name of the value compared, such as `accuracy`.
         scores: all metrics on held-out data of the models `before`, `private` and `non_private`, as far as run.
         seconds: of the whole run.
+        unit: whom epsilon protects, in words; None: one training image.
         hardware, versions, date: of the run; date as YYYY-MM-DD.
     """
 
@@ -68,6 +69,7 @@ class RecipeRecord:
     hardware: str
     versions: Mapping[str, str]
     date: str
+    unit: str | None = None
 
     def score(self, model: str) -> float | None:
         """Return the compared value of one of the models, None if it was not run."""
@@ -161,7 +163,8 @@ def _row(record: RecipeRecord, headings: Sequence[str]) -> str:
 def _privacy(record: RecipeRecord) -> str:
     if record.epsilon is None:
         return "none"
-    return f"epsilon <= {round_up(record.epsilon, digits=2)}, delta = {record.delta:g} ({record.accountant})"
+    text = f"epsilon <= {round_up(record.epsilon, digits=2)}, delta = {record.delta:g} ({record.accountant})"
+    return text if record.unit is None else f"{text}, unit: {record.unit}"
 
 
 def _percent(value: float | None) -> str:

@@ -19,7 +19,16 @@ from .accounting.journal import FILE, FOLDER, History, Journal, Mark
 from .checkpoints import ResumePoint
 from .errors import AccountingError, DPVisionError, LedgerRefused
 from .mechanism import Mechanism, PrivateMechanism, Randomness, WithoutPrivacy
-from .plan import Plan, facts_of, make_plan, plan_of, plan_resumed, refuse_changed_facts, written_facts
+from .plan import (
+    Plan,
+    facts_of,
+    make_plan,
+    plan_of,
+    plan_resumed,
+    refuse_another_unit,
+    refuse_changed_facts,
+    written_facts,
+)
 from .statement import NEIGHBORS, RunRecord
 from .training_args import DPTrainingArguments
 
@@ -114,6 +123,8 @@ class PrivacyRun:
             refuse_changed_facts(facts, spent.facts)
             before, unprotected = plan_of(spent.facts), spent.facts["unprotected_before"]
             self.continues = _CONTINUES.format(steps=spent.ledger.steps)
+        elif spent.facts is not None:
+            refuse_another_unit(facts, spent.facts)
         self.ledger = spent.ledger
         self.plan = self._planned(args, dataset_size, point, before)
         self.without_privacy |= unprotected
@@ -173,7 +184,7 @@ class PrivacyRun:
             clipping=args.build_clipping(),
             norm_rule=args.norm_rule,
             backward_passes=args.backward_passes,
-            rows=args.augmentation_multiplicity,
+            rows=args.rows_per_unit,
             memory_bound=args.memory_bound,
             noise_multiplier=self.plan.noise_multiplier,
             sample_rate=self.plan.sample_rate,

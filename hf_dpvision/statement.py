@@ -19,11 +19,11 @@ from .accounting import Bounds, Ledger, claim
 from .accounting.journal import Mark
 from .clipping import Clipping
 from .training_args import DPTrainingArguments
-from .wording import UNITS, not_covered
+from .wording import Unit, not_covered, unit_in_words
 
 
 STATEMENT_FILE = "privacy.json"
-SCHEMA_VERSION = "1.1"  # the fields are described in schemas/privacy-1.1.json
+SCHEMA_VERSION = "1.2"  # the fields are described in schemas/privacy-1.2.json
 NEIGHBORS = "zero-out"
 
 _SOFTWARE = ("torch", "transformers", "timm", "accelerate", "prv-accountant")
@@ -46,7 +46,7 @@ class RunRecord:
         ledger: the steps charged.
         bounds: epsilon of the ledger at `args.target_delta`.
         clipping: the style used.
-        dataset_size: number of training examples, 0 if no training has been set up.
+        dataset_size: number of training examples, or units, 0 if no training has been set up.
         sample_rate: q, of the last call of `train()`.
         noise_multiplier: sigma, of the last call of `train()`; 0 without privacy.
         secret_randomness: False if draws and noise can be repeated.
@@ -79,6 +79,11 @@ class RunRecord:
         """Whether the ledger's epsilon may be claimed."""
         return self.secret_randomness and not self.without_privacy
 
+    @property
+    def unit(self) -> Unit:
+        """The unit of privacy in words."""
+        return unit_in_words(self.args.privacy_unit_column, self.args.examples_per_unit)
+
     def claim(self) -> str:
         """The claim in words, several lines."""
         if self.without_privacy:
@@ -90,7 +95,9 @@ class RunRecord:
             self.ledger,
             clip_norm=self.clipping.sensitivity(),
             dataset_size=self.dataset_size or None,
-            privacy_unit=UNITS[self.args.privacy_unit],
+            privacy_unit=self.unit.what,
+            noun=self.unit.noun,
+            count=self.unit.count,
         )
 
 
@@ -108,6 +115,7 @@ def make_statement(run: RunRecord, model: nn.Module) -> dict[str, Any]:
         "guarantee": {"epsilon": _jsonable(epsilon), "delta": args.target_delta, "gdp": _gdp(run)},
         "accountant": _accountant(run.bounds),
         "unit_of_privacy": args.privacy_unit,
+        "grouping": _grouping(args),
         "neighboring_relation": NEIGHBORS,
         "adversary": "all-intermediate-iterates-released",
         "sampling": {
@@ -132,7 +140,7 @@ def make_statement(run: RunRecord, model: nn.Module) -> dict[str, Any]:
         ],
         "ledger": None if run.mark is None or run.without_privacy else asdict(run.mark),
         "trainable_parameters": _trainable(model),
-        "not_covered": not_covered(args.eval_data),
+        "not_covered": not_covered(args.eval_data, run.unit),
         "hyperparameter_tuning": {"on_private_data": "unknown", "runs_accounted": 1},
         "evaluation": {"data": args.eval_data, "metrics_are_private": args.eval_data == "private"},
         "unsafe_flags": _unsafe_flags(run),
@@ -159,6 +167,12 @@ def write_statement(folder: str | Path, statement: Mapping[str, Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(statement, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return path
+
+
+def _grouping(args: DPTrainingArguments) -> dict[str, Any] | None:
+    if args.privacy_unit_column is None:
+        return None
+    return {"column": args.privacy_unit_column, "examples_per_unit": args.examples_per_unit}
 
 
 def _gdp(run: RunRecord) -> dict[str, Any] | None:

@@ -18,15 +18,17 @@ from transformers.trainer_utils import TrainOutput
 from . import agreement, guards, processes
 from .activation_checkpointing import checkpoint_activations
 from .checkpoints import find_resume_point
+from .data.grouping import Units
 from .data.labels import refuse_labels
 from .data.streams import as_stream
+from .data.units import WEIGHTS
 from .drafts import discard_drafts
 from .errors import ArgumentRefused
 from .guards_arguments import refuse_arguments
 from .guards_tracking import refuse_uploading_trackers
 from .layouts import Layout, Replicated, Sharded
-from .loader import example_loader, lost_workers_explained
-from .losses import model_losses
+from .loader import as_read, example_loader, lost_workers_explained
+from .losses import losses_of_rows_together, model_losses
 from .mechanism import Mechanism, Randomness, SystemRandomness
 from .models import load_model
 from .progress import ClaimAtStart, PrivacyProgress, StopWhenSpent
@@ -45,6 +47,7 @@ from .sharding import is_sharded
 from .streamed import StreamedExamples
 from .termination import StopWhenTerminated
 from .training_args import DPTrainingArguments
+from .unit_sampling import UnitSampler
 
 
 logger = logging.getLogger(__name__)
@@ -56,7 +59,7 @@ class DPTrainer(PublishingTrainer):
     Guarantee: the weights, optimizer state and logs after every step are together `(epsilon, delta)`-differentially
     private for `trainer.epsilon(delta).upper`, under zero-out adjacency with a public data set size. Each step draws a
     Poisson-sampled logical batch, clips each example's gradient, charges the ledger, adds Gaussian noise once and
-    divides by the expected batch size.
+    divides by the expected batch size. With `privacy_unit_column`, units of several examples are drawn and clipped.
 
     Args:
         model: a transformers model, a PEFT model, a timm model (wrapped for transformers), or any other module whose
@@ -112,7 +115,7 @@ class DPTrainer(PublishingTrainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         if stream is not None:
-            self.train_dataset = StreamedExamples(stream, args.build_streaming())
+            self.train_dataset = StreamedExamples(stream, args.build_streaming(args.output_dir))
         self._refuse()
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(PrivacyProgress)
@@ -125,12 +128,13 @@ class DPTrainer(PublishingTrainer):
         self._layout: Layout | None = None
         self._draws: Draws | None = None
         self._stream: MicrobatchStream | None = None
+        self._units: Units | None = None
         self._rehearsal = Rehearsal(args, self._loss_of_examples)
 
     def _make_layout(self) -> Layout:
         args, options = self.args, self.args.build_sharding()
         if options is None:
-            return Replicated(self._examples_at_once, args.augmentation_multiplicity, args.device)
+            return Replicated(self._examples_at_once, args.rows_per_unit, args.device)
         return Sharded(options, args.device, lambda: self._rehearsal.examples(1, args.device))
 
     # The run
@@ -169,7 +173,8 @@ class DPTrainer(PublishingTrainer):
             guards.refuse_model(self.model)
         if isinstance(self.train_dataset, StreamedExamples):
             self.train_dataset.prepare(self.args, self._classes)
-        dataset_size = guards.refuse_dataset(self.train_dataset, self.args)
+        self._units = guards.group_units(self.train_dataset, self.args)
+        dataset_size = guards.refuse_dataset(self.train_dataset, self.args, self._units)
         guards.refuse_evaluation_on_training_data(self.eval_dataset, self.train_dataset, self.args)
         guards.warn_of_little_protection(self.args, dataset_size)
         if self._classes is not None:
@@ -177,7 +182,7 @@ class DPTrainer(PublishingTrainer):
         processes.refuse_disagreement(agreement.digests(self.args, self.model, dataset_size))
         if self.args.activation_checkpointing:
             checkpoint_activations(self.model, self.args.activation_checkpointing_kwargs)
-        self._rehearsal.look_at(self.train_dataset, self._collator())
+        self._rehearsal.look_at(as_read(self.train_dataset, self.args), self._collator())
         self._rehearsal.check(self.model)
         if self.args.finds_batch_size:
             self.args.per_device_train_batch_size = self._rehearsal.largest_batch(self.model, dataset_size)
@@ -237,13 +242,16 @@ class DPTrainer(PublishingTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the loader whose items are index lists of logical batches; see `get_batch_samples`."""
-        args, dataset_size = self.args, guards.refuse_dataset(self.train_dataset, self.args)
+        args, dataset_size = self.args, guards.refuse_dataset(self.train_dataset, self.args, self._units)
         key = processes.same_key(self._run.next_sampling_key(), args.device)
         plan, mark = self._run.plan, self._run.mark
-        self._draws = PoissonSampler(key, dataset_size, plan.sample_rate)
-        if isinstance(self.train_dataset, StreamedExamples):
+        sampler = PoissonSampler(key, dataset_size, plan.sample_rate)
+        self._draws = sampler
+        if self._units is not None:
+            self._draws = UnitSampler(sampler, self._units, key, args.examples_per_unit)
+        elif isinstance(self.train_dataset, StreamedExamples):
             run_id, end = "" if mark is None else mark.run_id, plan.first_draw + plan.steps
-            self._draws = self.train_dataset.draws(self._draws, end, run_id, self._termination.obey, args.device)
+            self._draws = self.train_dataset.draws(sampler, end, run_id, self._termination.obey, args.device)
         indices = LogicalBatchIndices(
             self._draws, plan.steps_per_epoch, args.process_index, args.world_size, plan.first_draw
         )
@@ -274,9 +282,11 @@ class DPTrainer(PublishingTrainer):
         return self._losses_and_outputs(model, inputs)[0]
 
     def _loss_of_examples(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        weights = None
+        if self.args.privacy_unit_column is not None:
+            weights, inputs = inputs[WEIGHTS], {name: value for name, value in inputs.items() if name != WEIGHTS}
         losses = self.per_sample_loss(model, inputs)
-        views = self.args.augmentation_multiplicity
-        return losses.view(-1, views).mean(1) if views > 1 and losses.ndim == 1 else losses
+        return losses_of_rows_together(losses, self.args.rows_per_unit, self.args.augmentation_multiplicity, weights)
 
     @property
     def _classes(self) -> int | None:
@@ -286,7 +296,7 @@ class DPTrainer(PublishingTrainer):
 
     @property
     def _examples_at_once(self) -> int:
-        return max(1, self.args.per_device_train_batch_size // self.args.augmentation_multiplicity)
+        return max(1, self.args.per_device_train_batch_size // self.args.rows_per_unit)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
@@ -14,20 +13,21 @@ from .clipping import Automatic, Clipping, Flat
 from .errors import ArgumentRefused
 from .rules.cost import NormRule
 from .sharding import Sharding
-from .streaming import Streaming, Way
+from .stream_arguments import StreamArguments
+from .streaming import Way
+from .unit_arguments import PRIVACY_UNITS, UnitArguments
 
 
 CLIPPING_STYLES = {"flat": Flat, "automatic": Automatic}
 ACCOUNTANTS = ("prv", "pld", "rdp")
 EVAL_DATA = ("private", "public")
-PRIVACY_UNITS = ("example",)
 _NUMBERS = ("target_epsilon", "noise_multiplier", "target_delta", "per_sample_max_grad_norm", "logical_batch_size",
             "dataloader_timeout", "memory_bound")  # fmt: skip
 _AUTO = "auto"
 
 
 @dataclass
-class DPTrainingArguments(TrainingArguments):
+class DPTrainingArguments(UnitArguments, StreamArguments, TrainingArguments):
     """Arguments of `DPTrainer`: those of `TrainingArguments`, and the following.
 
     Exactly one of `target_epsilon` and `noise_multiplier` is given, unless `disable_dp` is set; `target_delta` and
@@ -61,8 +61,8 @@ class DPTrainingArguments(TrainingArguments):
     logical_batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Expected number of examples per optimizer step, over all devices. per_device_train_batch_size is "
-            "only what fits a device at once and changes neither the privacy nor the result."
+            "help": "Expected number of examples, or units, per optimizer step, over all devices. "
+            "per_device_train_batch_size is only what fits a device; it changes neither the privacy nor the result."
         },
     )
     clipping: str = field(
@@ -119,43 +119,9 @@ class DPTrainingArguments(TrainingArguments):
             "choices": list(EVAL_DATA),
         },
     )
-    privacy_unit: str = field(
-        default="example", metadata={"help": "Whom the guarantee protects.", "choices": list(PRIVACY_UNITS)}
-    )
     train_data_name: str | None = field(
         default=None,
         metadata={"help": "Public name of the training data, such as its Hub id, for the privacy statement."},
-    )
-    train_dataset_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Number of training examples if train_dataset is a stream that does not tell it. It is public: "
-            "the sample rate is logical_batch_size / train_dataset_size."
-        },
-    )
-    stream_sampling: str = field(
-        default="auto",
-        metadata={
-            "help": "How a stream (datasets.IterableDataset) is sampled. 'materialise' keeps all rows on the disk "
-            "once and draws by index; 'windows' goes through the stream once for the next stream_window_steps steps "
-            "and keeps what they draw: both are Poisson sampling, at the same epsilon. 'auto' chooses by the number "
-            "of epochs and the disk.",
-            "choices": [way.value for way in Way],
-        },
-    )
-    stream_window_steps: int | None = field(
-        default=None,
-        metadata={
-            "help": "Steps served by one pass over the stream with stream_sampling 'windows': fewer need less disk "
-            "and more passes. By default as many as an epoch has, or as half of the free disk allows."
-        },
-    )
-    stream_dir: str | None = field(
-        default=None,
-        metadata={
-            "help": "Private folder for rows of a stream, seen by all processes. By default 'stream' in output_dir, "
-            "deleted when training has ended; given here, materialised rows stay for further runs."
-        },
     )
     disable_dp: bool = field(
         default=False,
@@ -218,6 +184,7 @@ class DPTrainingArguments(TrainingArguments):
         self.average_tokens_across_devices = False
         if self.backward_passes is None:
             self.backward_passes = 2 if self.activation_checkpointing or self.fsdp else 1
+        self.derive_unit()
         self._check_choices()
         self._check_numbers()
         self._check_timeout()
@@ -226,6 +193,7 @@ class DPTrainingArguments(TrainingArguments):
             self._check_budget()
         self.norm_rule = NormRule(self.norm_rule)
         self.build_clipping()
+        self.build_streaming(self.output_dir)
 
     def build_sharding(self) -> Sharding | None:
         """Return how the model is spread over the processes; None if each of them has all of it."""
@@ -233,16 +201,6 @@ class DPTrainingArguments(TrainingArguments):
             return None
         classes = self.fsdp_config.get("transformer_layer_cls_to_wrap") or ()
         return Sharding(tuple(classes), bool(self.fsdp_config.get("reshard_after_forward", True)))
-
-    def build_streaming(self) -> Streaming:
-        """Return how a stream is to be sampled."""
-        return Streaming(
-            way=Way(self.stream_sampling),
-            folder=Path(self.stream_dir or Path(self.output_dir) / "stream"),
-            stays=self.stream_dir is not None,
-            window_steps=self.stream_window_steps,
-            size=self.train_dataset_size,
-        )
 
     @property
     def place_model_on_device(self) -> bool | None:
@@ -252,6 +210,11 @@ class DPTrainingArguments(TrainingArguments):
     def build_clipping(self) -> Clipping:
         """Return the clipping style as an object; `sensitivity()` is `per_sample_max_grad_norm`."""
         return CLIPPING_STYLES[self.clipping](max_norm=self.per_sample_max_grad_norm)
+
+    @property
+    def rows_per_unit(self) -> int:
+        """How many rows of a microbatch are clipped as one: all views of all examples of a unit in one step."""
+        return self.augmentation_multiplicity * (self.examples_per_unit or 1)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the token out of `training_args.bin`: the file is not uploaded, but lies in every checkpoint."""
@@ -301,10 +264,6 @@ class DPTrainingArguments(TrainingArguments):
                 "least 1. Larger is better for accuracy at a given epsilon; 1000 is a good start for 50,000 images."
             )
         self.logical_batch_size = int(size)
-        for name in ("train_dataset_size", "stream_window_steps"):
-            value = getattr(self, name)
-            if value is not None and not _is_count(value):
-                raise ArgumentRefused(f"{name}={value!r} is not a whole number of at least 1. Leave it out, or count.")
         views = self.augmentation_multiplicity
         if not _is_count(views):
             raise ArgumentRefused(

@@ -7,25 +7,113 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from .accounting.claim import round_down, round_up
 
 
-UNITS = {"example": "one training image (one record of the training set)"}
-COVERED = (
-    "Each single image of the training set together with its label: its influence on the released weights is bounded "
-    "as stated, at every step of the run and whatever else an attacker knows.",
+@dataclass(frozen=True)
+class Unit:
+    """The unit of privacy in words.
+
+    Attributes:
+        what: in the claim.
+        noun, count: what the claim calls one unit, and their public number.
+        short: beside a value of epsilon.
+        record: in the table.
+        limit: further rows of the table.
+        neighbour: what differs between neighbouring data sets.
+        member: what the table calls one unit.
+        particular, used: in the plain sentence.
+        covered, left_out: sentences on what is protected, and on what is not.
+    """
+
+    what: str
+    noun: str
+    count: str
+    short: str
+    record: str
+    limit: tuple[tuple[str, str], ...]
+    neighbour: str
+    member: str
+    particular: str
+    used: str
+    covered: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+
+_PRETRAINING = "The data the model was pretrained on. The guarantee is about fine-tuning."
+_EXAMPLE = Unit(
+    what="one training image (one record of the training set)",
+    noun="record",
+    count="size of the data set",
+    short="one training image",
+    record="one example (one row of the training set)",
+    limit=(),
+    neighbour="one example contributes nothing; the size of the data set is public",
+    member="example",
+    particular="one particular image it was fine-tuned on, even knowing all the other ones",
+    used="that image having been used",
+    covered=(
+        "Each single image of the training set together with its label: its influence on the released weights is "
+        "bounded as stated, at every step of the run and whatever else an attacker knows.",
+    ),
+    left_out=(
+        _PRETRAINING,
+        "The number of training images and the list of classes; both count as public.",
+        "Several images of one person, taken together: the unit is one image. Protection of k images weakens with k.",
+    ),
 )
+
+
+def unit_in_words(column: str | None, most: int | None) -> Unit:
+    """Return how to speak of the unit of privacy.
+
+    Args:
+        column: all rows with the same value in it are one unit; None if every example is one.
+        most: k, the most examples of one unit in one step; None if every example is one.
+    """
+    if column is None:
+        return _EXAMPLE
+    together = f"all training images with the same value in column {column!r}"
+    return Unit(
+        what=f"{together}, taken together; at most {most} of them, chosen anew at random, take part in one step",
+        noun="unit",
+        count="number of units",
+        short=f"{together}, at most {most} of them in a step",
+        record=f"one unit (all rows of the training set with the same value in column {column!r})",
+        limit=(("examples of one unit in one step", f"at most {most}, chosen anew at random where there are more"),),
+        neighbour="one unit, with all its examples, contributes nothing; the number of units is public",
+        member="unit",
+        particular=f"one particular unit it was fine-tuned on, that is {together}, even knowing all the other units",
+        used="the images of that unit having been used",
+        covered=(
+            f"All images of the training set with the same value in column {column!r}, together with their labels: "
+            "their joint influence on the released weights is bounded as stated, at every step of the run and "
+            "whatever else an attacker knows.",
+        ),
+        left_out=(
+            _PRETRAINING,
+            "The number of units, that of all training images, and the list of classes; they count as public.",
+            "Several units, taken together, such as relatives: protection of k units weakens with k. Whoever has "
+            f"images under several values of column {column!r} is several units.",
+            "Images of a unit that are not in the training set, held-out ones among them.",
+        ),
+    )
+
+
+def unit_of(statement: Mapping[str, Any]) -> Unit:
+    """Return how to speak of the unit that a statement names."""
+    if statement["unit_of_privacy"] == "example":
+        return _EXAMPLE
+    return unit_in_words(statement["grouping"]["column"], statement["grouping"]["examples_per_unit"])
+
+
 _EVALUATION = {
     "private": "Values measured on held-out data, which is not public, and every choice made by looking at them.",
     "public": "Values measured on held-out data. That data is public, and nothing protects it.",
 }
-_NOT_COVERED_BEFORE = (
-    "The data the model was pretrained on. The guarantee is about fine-tuning.",
-    "The number of training images and the list of classes; both count as public.",
-    "Several images of one person, taken together: the unit is one image. Protection of k images weakens with k.",
-)
 _NOT_COVERED_AFTER = (
     "A search over hyper-parameters, or a choice among several runs on the same images: each further run spends "
     "budget of its own.",
@@ -36,9 +124,9 @@ _NOT_COVERED_AFTER = (
 _LARGEST_EXPONENT = 700.0  # e^epsilon beyond it is no number
 
 
-def not_covered(eval_data: str) -> list[str]:
+def not_covered(eval_data: str, unit: Unit) -> list[str]:
     """Return the sentences on what the guarantee leaves out, for evaluation data that is `private` or `public`."""
-    return [*_NOT_COVERED_BEFORE, _EVALUATION[eval_data], *_NOT_COVERED_AFTER]
+    return [*unit.left_out, _EVALUATION[eval_data], *_NOT_COVERED_AFTER]
 
 
 def is_protected(statement: Mapping[str, Any]) -> bool:
@@ -47,7 +135,7 @@ def is_protected(statement: Mapping[str, Any]) -> bool:
 
 
 def odds(epsilon: float) -> str:
-    """Return the largest factor e^epsilon by which the odds of one image's membership can change, rounded up."""
+    """Return the largest factor e^epsilon by which the odds of one unit's membership can change, rounded up."""
     factor = math.exp(min(epsilon, _LARGEST_EXPONENT))
     return f"{factor:.3g}" if factor > 1e6 else round_up(factor, digits=1 if factor < 100 else 0)
 
@@ -60,13 +148,13 @@ def plain_sentences(statement: Mapping[str, Any]) -> list[str]:
             "they show."
         ]
     epsilon, delta = statement["guarantee"]["epsilon"], statement["guarantee"]["delta"]
+    unit = unit_of(statement)
     return [
         "Fine-tuned with differential privacy: epsilon at most "
         f"{round_up(epsilon, digits=3)} at delta {delta:g}.",
-        "In plain words: there is a proven limit to what anyone can find out from this model about one particular "
-        "image it was fine-tuned on, even knowing all the other ones. The odds they give for that image having been "
-        f"used change by a factor of at most {odds(epsilon)} (that is e^epsilon), except with a probability of about "
-        f"{delta:g}. A smaller epsilon means a stronger protection.",
+        "In plain words: there is a proven limit to what anyone can find out from this model about "
+        f"{unit.particular}. The odds they give for {unit.used} change by a factor of at most {odds(epsilon)} (that "
+        f"is e^epsilon), except with a probability of about {delta:g}. A smaller epsilon means a stronger protection.",
     ]
 
 
@@ -74,7 +162,7 @@ def rows(statement: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the table of a protected model: what is stated, and its value."""
     guarantee, accountant, noise = statement["guarantee"], statement["accountant"], statement["noise"]
     sampling, clipping, trained = statement["sampling"], statement["clipping"], statement["trainable_parameters"]
-    tuning = statement["hyperparameter_tuning"]
+    tuning, unit = statement["hyperparameter_tuning"], unit_of(statement)
     table = [
         ("epsilon (upper bound), delta", f"{round_up(guarantee['epsilon'], digits=3)}, {guarantee['delta']:g}"),
         (
@@ -83,17 +171,17 @@ def rows(statement: Mapping[str, Any]) -> list[tuple[str, str]]:
         ),
         ("accountant", f"{accountant['name']} ({accountant['package']} {accountant['version']})"),
         ("Gaussian differential privacy", _gdp(guarantee["gdp"])),
-        ("unit of privacy", f"one {statement['unit_of_privacy']} (one row of the training set)"),
-        (
-            "neighbouring data sets",
-            f"{statement['neighboring_relation']}: one example contributes nothing; the size of the data set is "
-            "public",
-        ),
+        ("unit of privacy", unit.record),
+        *unit.limit,
+        ("neighbouring data sets", f"{statement['neighboring_relation']}: {unit.neighbour}"),
         ("attacker", "sees the weights after every step, not only the last ones"),
         ("mechanism", f"{statement['mechanism']}, {statement['definition']}"),
         ("training data", statement["dataset"] or "not named"),
-        ("training examples N", str(sampling["dataset_size"])),
-        ("sampling", f"{sampling['scheme']}, every example with probability q = {sampling['rate']:.6g} per step"),
+        (f"training {unit.member}s N", str(sampling["dataset_size"])),
+        (
+            "sampling",
+            f"{sampling['scheme']}, every {unit.member} with probability q = {sampling['rate']:.6g} per step",
+        ),
         ("expected batch size qN", str(sampling["expected_batch_size"])),
         ("steps T", _steps(statement)),
         ("noise multiplier sigma", f"{noise['multiplier']:.6g}"),
@@ -128,7 +216,7 @@ def plain_statement(statement: Mapping[str, Any]) -> str:
         [
             *paragraphs,
             "\n".join(f"{name:<{width}}  {value}" for name, value in table),
-            "Protected:\n" + "\n".join(f"- {item}" for item in COVERED),
+            "Protected:\n" + "\n".join(f"- {item}" for item in unit_of(statement).covered),
             "Not protected:\n" + "\n".join(f"- {item}" for item in statement["not_covered"]),
         ]
     )

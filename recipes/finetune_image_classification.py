@@ -62,6 +62,7 @@ from hf_dpvision.metrics import compute_metrics_for
 from hf_dpvision.model_card import CardResult, write_model_card
 from hf_dpvision.results import SUMMARY, RecipeRecord, comparison_table, environment, update_results_table
 from hf_dpvision.trainable import TrainLayers, count_parameters, train_only, zero_head
+from hf_dpvision.wording import unit_in_words
 
 
 DEFAULT_CONFIG = Path(__file__).with_name("digits_beit.yaml")
@@ -224,6 +225,7 @@ def prepare(
                 max_train=data_args.max_train_samples,
                 max_eval=data_args.max_eval_samples,
                 seed=training_args.seed,
+                unit_column=training_args.privacy_unit_column,
             ),
             image_column=data_args.image_column_name,
             label_column=data_args.label_column_name,
@@ -254,8 +256,10 @@ def prepare(
         "train": ImageTransform(wanted.preprocessing, AUGMENTATIONS[data_args.train_transform]),
         "held-out": ImageTransform(wanted.preprocessing),
     }
+    grouping = [name for name in (training_args.privacy_unit_column, training_args.id_column) if name is not None]
+    keep = {"train": grouping, "held-out": []}
     examples = {
-        part: None if rows is None else image_examples(rows, data.columns, transforms[part], part)
+        part: None if rows is None else image_examples(rows, data.columns, transforms[part], part, keep[part])
         for part, rows in parts.items()
     }
     options = data_args.metric_options or {}
@@ -338,6 +342,7 @@ def make_record(
     trained, everything = count_parameters(trainer.model)
     held_out = 0 if data.held_out is None else len(data.held_out)
     hardware, versions = environment()
+    column = training_args.privacy_unit_column if bounds else None
     return RecipeRecord(
         recipe=parsed.config.stem if parsed.config else Path(training_args.output_dir).name,
         command=shlex.join(["python", f"recipes/{Path(__file__).name}", *map(without_folders, _of_run(command_line))]),
@@ -354,6 +359,7 @@ def make_record(
         hardware=hardware,
         versions=versions,
         date=date.today().isoformat(),
+        unit=None if column is None else unit_in_words(column, training_args.examples_per_unit).short,
     )
 
 

@@ -21,7 +21,7 @@ from typing import Any  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
-from trainer_cases import CLASSES, Images, Linear, tiny_vit, trainer, weights  # noqa: E402
+from trainer_cases import CLASSES, Images, Linear, Pictures, tiny_vit, trainer, visits, weights  # noqa: E402
 from transformers import (  # noqa: E402
     BeitConfig,
     BeitForImageClassification,
@@ -354,6 +354,24 @@ def job_full(folder: Path) -> None:
             run.train()
         except CheckpointError as error:
             report(folder / "full" / str(failing), message=str(error), step=run.state.global_step)
+
+
+def job_units(folder: Path) -> None:
+    """Six steps over units of several images, with the model whole on both processes, and sharded."""
+    data = visits((1, 2, 3, 5, 7, 3, 1, 4)).with_transform(Pictures())
+    settings = {
+        "train_dataset": data, "privacy_unit_column": "patient", "examples_per_unit": 3, "logical_batch_size": 4,
+        "max_steps": 6, "target_delta": 1e-3, "per_device_train_batch_size": 8,
+    }  # fmt: skip
+    whole = trainer(folder / "units" / "whole", tiny_vit(), **settings)
+    whole.train()
+    shapes = [tuple(parameter.shape) for parameter in whole.model.parameters()]
+    noise = OwnShardOfTheNoise(0, shapes, 2)
+    sharded = trainer(folder / "units" / "sharded", tiny_vit(), randomness=noise, fsdp=True, **settings)
+    sharded.train()
+    found = {"whole": weights(whole.model), "sharded": gathered(sharded.model)}
+    for kind, value in found.items() if RANK == 0 else ():
+        torch.save(value, folder / "units" / f"{kind}.pt")
 
 
 def report(folder: Path, **found: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -105,3 +106,42 @@ def trainer(folder: Path, model: nn.Module | None = None, *, seed: int | None = 
 def weights(model: nn.Module) -> Tensor:
     """All parameters as one vector."""
     return torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()])
+
+
+class Pictures:
+    """A transform of rows with `pixels` and `class`; the rows read are noted in `seen`.
+
+    Args:
+        dtype: of the pictures.
+        turning: every other time a row is read, its picture is upside down.
+        broken: rows that cannot be read.
+    """
+
+    def __init__(
+        self, dtype: torch.dtype = torch.float32, turning: bool = False, broken: tuple[int, ...] = ()
+    ) -> None:
+        self.dtype, self.turning, self.broken = dtype, turning, broken
+        self.seen: list[int] = []
+
+    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        (row,) = batch["row"]
+        self.seen.append(row)
+        if row in self.broken:
+            raise ValueError(f"row {row} cannot be read")
+        picture = torch.tensor(batch["pixels"][0], dtype=self.dtype).view(3, 16, 16)
+        turned = self.turning and self.seen.count(row) % 2 == 0
+        return {"pixel_values": [picture.flip(1) if turned else picture], "labels": batch["class"]}
+
+
+def visits(sizes: tuple[int, ...], names: str = "p{}") -> datasets.Dataset:
+    """Rows of patients who were there so often, in mixed order; column `patient` says whose they are."""
+    generator = torch.Generator().manual_seed(sum(sizes))
+    owners = torch.tensor([owner for owner, size in enumerate(sizes) for _ in range(size)])
+    owners = owners[torch.randperm(len(owners), generator=generator)].tolist()
+    columns = {
+        "row": list(range(len(owners))),
+        "patient": [names.format(owner) if names else owner for owner in owners],
+        "pixels": torch.randn(len(owners), 3 * 16 * 16, generator=generator, dtype=torch.float64).numpy(),
+        "class": torch.randint(CLASSES, (len(owners),), generator=generator).tolist(),
+    }
+    return datasets.Dataset.from_dict(columns)

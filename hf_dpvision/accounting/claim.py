@@ -41,6 +41,8 @@ def claim(
     clip_norm: float | None = None,
     dataset_size: int | None = None,
     privacy_unit: str = "one training image (one record of the training set)",
+    noun: str = "record",
+    count: str = "size of the data set",
 ) -> str:
     """The full claim, one statement a line.
 
@@ -50,19 +52,21 @@ def claim(
         clip_norm: the norm C to which per-example gradients are clipped, if it is to be stated.
         dataset_size: the public number of records N, if it is to be stated.
         privacy_unit: what one record is.
+        noun: what one record is called.
+        count: what N is called.
 
     Returns:
         Text of several lines, without a trailing newline.
     """
     if math.isinf(bounds.upper):
         why = " ".join(bounds.notes) or "a step adds no noise, so epsilon is infinite and nothing can be claimed."
-        return f"No differential privacy: {why}\n{_mechanism(ledger, clip_norm)}"
+        return f"No differential privacy: {why}\n{_mechanism(ledger, clip_norm, noun)}"
     lines = [
         f"({round_up(bounds.upper)}, {bounds.delta:g})-differential privacy: epsilon <= {round_up(bounds.upper)}.",
         f"Unit of privacy: {privacy_unit}.",
-        "Neighbouring data sets: equal, but for one record that is zeroed out, so that it contributes nothing. The "
-        f"size of the data set{'' if dataset_size is None else f', N = {dataset_size},'} is public.",
-        _mechanism(ledger, clip_norm),
+        f"Neighbouring data sets: equal, but for one {noun} that is zeroed out, so that it contributes nothing. The "
+        f"{count}{'' if dataset_size is None else f', N = {dataset_size},'} is public.",
+        _mechanism(ledger, clip_norm, noun),
         _accountant(bounds),
         "Covered: the released weights and optimizer state, at every step of the run, whoever sees them. The sampled "
         "batches, the noise and their random keys are secret.",
@@ -73,7 +77,7 @@ def claim(
     return "\n".join(lines)
 
 
-def _mechanism(ledger: Ledger, clip_norm: float | None) -> str:
+def _mechanism(ledger: Ledger, clip_norm: float | None, noun: str) -> str:
     norm = "C, fixed in advance" if clip_norm is None else f"C = {clip_norm:g}"
     runs = "; ".join(
         f"T = {e.steps} steps with sample rate q = {e.sample_rate:g}, noise multiplier sigma = {e.noise_multiplier:g}"
@@ -81,8 +85,8 @@ def _mechanism(ledger: Ledger, clip_norm: float | None) -> str:
         for e in ledger.events
     )
     return (
-        f"Mechanism: DP-SGD, {runs or 'no step yet'}. Each step draws every record independently (Poisson sampling), "
-        f"clips each record's gradient to norm {norm}, and adds Gaussian noise of standard deviation sigma x C to "
+        f"Mechanism: DP-SGD, {runs or 'no step yet'}. Each step draws every {noun} independently (Poisson sampling), "
+        f"clips each {noun}'s gradient to norm {norm}, and adds Gaussian noise of standard deviation sigma x C to "
         f"their sum, drawn in floating point."
     )
 

@@ -76,7 +76,12 @@ def _stated(statement: Mapping[str, Any]) -> str:
     guarantee = statement["guarantee"]
     if guarantee["epsilon"] == "inf":
         return "Stated: no privacy, epsilon is infinite."
-    return f"Stated: epsilon <= {guarantee['epsilon']} at delta {guarantee['delta']:g}. Computed again:"
+    from ..wording import unit_of
+
+    return (
+        f"Stated: epsilon <= {guarantee['epsilon']} at delta {guarantee['delta']:g}, for "
+        f"{unit_of(statement).short}. Computed again:"
+    )
 
 
 def _statement(arguments: argparse.Namespace) -> Answer:

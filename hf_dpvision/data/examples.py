@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,12 +52,14 @@ class ImageExamples(TorchDataset):
         transform: RGB picture -> tensor [c, h, w]; random transforms draw from torch's global generator, which is
             never a source of the privacy noise or of the sampling.
         part: name used in messages.
+        kept: further columns of the same rows, for `privacy_unit_column` and `id_column`; no example reads them.
     """
 
     rows: Dataset
     columns: Columns
     transform: Callable[[PILImage.Image], Tensor]
     part: str = "train"
+    kept: Dataset | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -178,8 +180,25 @@ class ReadableOnly:
 
 
 def image_examples(
-    dataset: Dataset, columns: Columns, transform: Callable[[PILImage.Image], Tensor], part: str = "train"
+    dataset: Dataset,
+    columns: Columns,
+    transform: Callable[[PILImage.Image], Tensor],
+    part: str = "train",
+    keep: Sequence[str] = (),
 ) -> ImageExamples:
-    """Build `ImageExamples` from a `datasets.Dataset`, reading the two columns only."""
+    """Build `ImageExamples` from a `datasets.Dataset`, reading the two columns only.
+
+    Args:
+        dataset, columns, transform, part: as for `ImageExamples`.
+        keep: columns by which rows are grouped or told apart, such as the one of `privacy_unit_column`.
+
+    Raises:
+        DataRefused: a column of `keep` is absent.
+    """
+    for name in keep:
+        if name not in dataset.column_names:
+            raise DataRefused(
+                f"{name!r} is not a column of part {part!r}; columns present: {', '.join(dataset.column_names)}."
+            )
     rows = undecoded(dataset.select_columns([columns.image, columns.label]), columns.image)
-    return ImageExamples(rows, columns, transform, part)
+    return ImageExamples(rows, columns, transform, part, dataset.select_columns(list(keep)) if keep else None)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import glob
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
 
 from ..errors import DataRefused
 from .columns import Columns, find_columns
 from .digits import load_digits
+from .grouping import group_rows
 from .validation import check_labels, declared_classes, encode_labels
 
 
@@ -150,6 +153,8 @@ class Split:
         max_train, max_eval: keep a random subset of at most this many rows, chosen by `seed` without looking at the
             rows. Examples left out are never touched; the privacy account is that of the subset.
         seed: public; decides the subset, not the Poisson draws.
+        unit_column: rows with the same value in it are set aside together, or not at all; the fraction is that of
+            such units. Otherwise the held-out part would show images of those who are protected.
     """
 
     train: str = "train"
@@ -158,12 +163,13 @@ class Split:
     max_train: int | None = None
     max_eval: int | None = None
     seed: int = 0
+    unit_column: str | None = None
 
     def apply(self, parts: DatasetDict) -> tuple[Dataset, Dataset | None]:
         """Return the training rows and the held-out rows (None when there are none).
 
         Raises:
-            DataRefused: a named part is absent or the numbers make no sense.
+            DataRefused: a named part is absent, the numbers make no sense, or units cannot be told apart.
         """
         train = self._part(parts, self.train)
         if self.evaluation is not None:
@@ -173,10 +179,25 @@ class Split:
         if held_out is None and self.held_out_fraction is not None:
             if not 0 < self.held_out_fraction < 1:
                 raise DataRefused(f"train_val_split must lie in (0, 1), got {self.held_out_fraction}.")
-            both = train.train_test_split(test_size=self.held_out_fraction, seed=self.seed)
-            train, held_out = both["train"], both["test"]
+            train, held_out = self._set_aside(train)
         held_out = None if held_out is None else self._subset(held_out, self.max_eval, "max_eval_samples")
         return self._subset(train, self.max_train, "max_train_samples"), held_out
+
+    def _set_aside(self, rows: Dataset) -> tuple[Dataset, Dataset]:
+        if self.unit_column is None:
+            both = rows.train_test_split(test_size=self.held_out_fraction, seed=self.seed)
+            return both["train"], both["test"]
+        units = group_rows(rows, self.unit_column)
+        chosen = np.random.default_rng(self.seed).permutation(len(units))
+        count = math.ceil(self.held_out_fraction * len(units))
+        if count == len(units):
+            raise DataRefused(
+                f"train_val_split={self.held_out_fraction} of the {len(units)} units of column {self.unit_column!r} "
+                "leaves none to train on. Choose less."
+            )
+        parts = (chosen[count:], chosen[:count])
+        train, held_out = (np.sort(np.concatenate([units.rows_of(unit) for unit in part])) for part in parts)
+        return rows.select(train), rows.select(held_out)
 
     def _part(self, parts: DatasetDict, name: str) -> Dataset:
         if name not in parts:

@@ -58,7 +58,7 @@ def encode_labels(dataset: Dataset, column: str, names: Sequence[str], part: str
     feature = dataset.features[column]
     if not (isinstance(feature, Value) and feature.dtype in ("string", "large_string")):
         return dataset
-    labels = _column(dataset, column)
+    labels = column_values(dataset, column)
     unknown = pc.and_(pc.is_valid(labels), pc.invert(pc.is_in(labels, value_set=pa.array(names, labels.type))))
     _refuse_first(unknown, labels, column, part, f"is not one of the declared classes {list(names)}")
     return dataset.cast_column(column, ClassLabel(names=list(names)))
@@ -73,7 +73,7 @@ def check_labels(dataset: Dataset, column: str, names: Sequence[str], part: str 
     """
     if len(dataset) == 0:
         raise DataRefused(f"part {part!r} of the data set is empty: there is nothing to learn from or to test on.")
-    check_label_column(_column(dataset, column), column, names, part)
+    check_label_column(column_values(dataset, column), column, names, part)
 
 
 def check_label_column(
@@ -126,7 +126,8 @@ def check_images(dataset: Dataset, columns: Columns, part: str = "train", quiet:
         raise DataRefused(broken[first] + (f" So are {len(more)} others: examples {others}." if more else ""))
 
 
-def _column(dataset: Dataset, column: str) -> pa.ChunkedArray:
+def column_values(dataset: Dataset, column: str) -> pa.ChunkedArray:
+    """Return one column as it is stored; no other one is read."""
     return dataset.select_columns([column]).with_format("arrow")[:].column(column)
 
 

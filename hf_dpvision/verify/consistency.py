@@ -106,7 +106,7 @@ def _noise(statement: Mapping[str, Any]) -> Iterator[Relation]:
 
 
 def _words(statement: Mapping[str, Any]) -> Iterator[Relation]:
-    sentences = wording.not_covered(statement["evaluation"]["data"])
+    sentences = wording.not_covered(statement["evaluation"]["data"], wording.unit_of(statement))
     for path, stated, expected in differences(statement["not_covered"], sentences, "not_covered"):
         yield path, stated, expected, "what this mechanism leaves out"
     if statement["unsafe_flags"] or "inf" in (statement["accountant"]["upper"], statement["guarantee"]["epsilon"]):
@@ -120,7 +120,7 @@ def _words(statement: Mapping[str, Any]) -> Iterator[Relation]:
 
 
 def _claim(statement: Mapping[str, Any]) -> str:
-    accountant, clipping = statement["accountant"], statement["clipping"]
+    accountant, clipping, unit = statement["accountant"], statement["clipping"], wording.unit_of(statement)
     bounds = Bounds(
         lower=min(accountant["lower"], accountant["upper"]),
         estimate=min(max(accountant["estimate"], accountant["lower"]), accountant["upper"]),
@@ -136,7 +136,9 @@ def _claim(statement: Mapping[str, Any]) -> str:
         Ledger(Event(**event) for event in statement["events"]),
         clip_norm=None if clipping is None else clipping["sensitivity"],
         dataset_size=statement["sampling"]["dataset_size"] or None,
-        privacy_unit=wording.UNITS[statement["unit_of_privacy"]],
+        privacy_unit=unit.what,
+        noun=unit.noun,
+        count=unit.count,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,4 +123,17 @@ def _ledger(folder: Path, statement: Mapping[str, Any]) -> list[Finding]:
     charged = history.steps_before[mark.records - 1]
     if charged != statement["steps"]:
         return [difference(STATEMENT_FILE, "steps", statement["steps"], charged, f"charged in {where} up to ledger")]
-    return []
+    return [
+        difference(STATEMENT_FILE, field, stated, facts.get(name), f"{name} in {where}")
+        for facts in history.calls
+        for field, stated, name in _unit(statement)
+        if stated != facts.get(name)
+    ]
+
+
+def _unit(statement: Mapping[str, Any]) -> Iterator[tuple[str, object, str]]:
+    """Field, value, and name in the ledger, of what fixes the unit of privacy; of a ledger without groups None."""
+    grouping = statement.get("grouping") or {}
+    yield "unit_of_privacy", statement["unit_of_privacy"], "privacy_unit"
+    yield "grouping.column", grouping.get("column"), "privacy_unit_column"
+    yield "grouping.examples_per_unit", grouping.get("examples_per_unit"), "examples_per_unit"

@@ -120,6 +120,19 @@ def test_a_subset_is_random_fixed_by_the_seed_and_never_larger_than_the_data():
         chosen(0, 0)
 
 
+def test_units_are_set_aside_whole():
+    rows = _rows(40).add_column("patient", [index % 10 for index in range(40)])
+    split = Split(held_out_fraction=0.25, seed=1, unit_column="patient")
+    data = load_image_data(_Fixed(train=rows), split)
+    train, held_out = set(data.train["patient"]), set(data.held_out["patient"])
+    assert (len(train), len(held_out), train & held_out) == (7, 3, set())
+    assert (len(data.train), len(data.held_out)) == (28, 12)
+    assert load_image_data(_Fixed(train=rows), split).train["path"][:] == data.train["path"][:]
+    with pytest.raises(DataRefused, match="2 units of column 'patient' leaves none to train on"):
+        few = _rows(4).add_column("patient", ["a", "b", "a", "b"])
+        load_image_data(_Fixed(train=few), Split(held_out_fraction=0.9, unit_column="patient"))
+
+
 def test_parts_that_order_their_classes_differently_are_refused():
     with pytest.raises(DataRefused, match="the same number would mean different classes"):
         load_image_data(_Fixed(train=_rows(4), test=_rows(4, ("dog", "cat"))))

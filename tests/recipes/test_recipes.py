@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -161,6 +162,38 @@ def test_training_images_can_be_held_out(recipe, workplace):
     assert "18 train and 6 held-out images" in record.data
 
 
+def test_patients_are_protected_as_a_whole(recipe, workplace, capsys):
+    generator = np.random.default_rng(0)
+    names = ["dark", "light"]
+    columns = {
+        "image": [Image.fromarray(generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)) for _ in range(48)],
+        "label": [index % 2 for index in range(48)],
+        "patient": [f"planted-{index % 16}" for index in range(48)],
+        "scan": list(range(48)),
+    }
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=names),
+         "patient": datasets.Value("string"), "scan": datasets.Value("int64")}
+    )  # fmt: skip
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(workplace / "patients.parquet")
+    text = CONFIG.replace("train_dir: train\n", "train_files: patients.parquet\n").replace(
+        "validation_dir: test", "train_val_split: 0.25"
+    )
+    (workplace / "patients.yaml").write_text(text + "privacy_unit_column: patient\nid_column: scan\n")
+    out = workplace / "patients"
+    record = recipe.main(
+        ["--config", str(workplace / "patients.yaml"), "--output_dir", str(out), "--examples_per_unit", "2",
+         "--logical_batch_size", "6", "--self_check", "true"]
+    )  # fmt: skip
+    statement = json.loads((out / "privacy.json").read_text())
+    assert statement["grouping"] == {"column": "patient", "examples_per_unit": 2}
+    assert statement["sampling"]["dataset_size"] == 12 and "36 train and 12 held-out images" in record.data
+    printed = capsys.readouterr().out
+    assert "unit: all training images with the same value in column 'patient', at most 2" in printed
+    assert "unit of privacy" in (out / "README.md").read_text()
+    assert not [path for path in out.rglob("*") if path.is_file() and b"planted" in path.read_bytes()]
+
+
 @pytest.mark.parametrize(
     ("overrides", "error", "message"),
     [
@@ -172,6 +205,7 @@ def test_training_images_can_be_held_out(recipe, workplace):
         (["--target_epsilon", "-1"], ArgumentRefused, "target_epsilon"),
         (["--model_name_or_path", "./no-such-model"], RefusedError, "no-such-model"),
         (["--class_names", "a", "b", "c"], DataRefused, "declares 2 classes"),
+        (["--privacy_unit_column", "patient"], DataRefused, "'patient' is not a column of part 'train'"),
     ],
 )
 def test_bad_input_is_refused_before_the_first_step(recipe, workplace, monkeypatch, overrides, error, message):
