@@ -78,6 +78,12 @@ class StreamedExamples(Streamed):
                 known or not what was declared.
             LoadingError: the stream cannot be read, or its rows not be written.
         """
+        if args.privacy_unit_column is not None or args.id_column is not None:
+            raise DataRefused(
+                f"privacy_unit_column={args.privacy_unit_column!r} and id_column={args.id_column!r}: train_dataset is "
+                "a stream, in which the rows of one unit may lie anywhere, so that units cannot be drawn. Write it to "
+                "the disk once, and pass that as a datasets.Dataset."
+            )
         self._num_labels, self._quiet = num_labels, args.disable_tqdm
         self._head = read_head(self.stream)
         self._rows = self.stream.examples(self._head.rows)
@@ -87,7 +93,7 @@ class StreamedExamples(Streamed):
             self._materialise(args.process_index == 0)
 
     def draws(
-        self, sampler: PoissonSampler, end: int, run_id: str, stop: Callable[[], None], device: torch.device
+        self, sampler: PoissonSampler, end: int, run_id: str | None, stop: Callable[[], None], device: torch.device
     ) -> Draws:
         """Return who takes part in which step.
 

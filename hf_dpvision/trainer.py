@@ -23,6 +23,7 @@ from .data.labels import refuse_labels
 from .data.streams import as_stream
 from .data.units import WEIGHTS
 from .drafts import discard_drafts
+from .drawing import draws_of, indices_of
 from .errors import ArgumentRefused
 from .guards_arguments import refuse_arguments
 from .guards_tracking import refuse_uploading_trackers
@@ -35,19 +36,11 @@ from .progress import ClaimAtStart, PrivacyProgress, StopWhenSpent
 from .publishing import PublishingTrainer
 from .rehearsal import Rehearsal
 from .run import PrivacyRun
-from .sampling import (
-    Draws,
-    LogicalBatch,
-    LogicalBatchIndices,
-    LogicalBatchLoader,
-    MicrobatchStream,
-    PoissonSampler,
-)
+from .sampling import Draws, LogicalBatch, LogicalBatchLoader, MicrobatchStream
 from .sharding import is_sharded
 from .streamed import StreamedExamples
 from .termination import StopWhenTerminated
 from .training_args import DPTrainingArguments
-from .unit_sampling import UnitSampler
 
 
 logger = logging.getLogger(__name__)
@@ -242,21 +235,13 @@ class DPTrainer(PublishingTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the loader whose items are index lists of logical batches; see `get_batch_samples`."""
-        args, dataset_size = self.args, guards.refuse_dataset(self.train_dataset, self.args, self._units)
-        key = processes.same_key(self._run.next_sampling_key(), args.device)
         plan, mark = self._run.plan, self._run.mark
-        sampler = PoissonSampler(key, dataset_size, plan.sample_rate)
-        self._draws = sampler
-        if self._units is not None:
-            self._draws = UnitSampler(sampler, self._units, key, args.examples_per_unit)
-        elif isinstance(self.train_dataset, StreamedExamples):
-            run_id, end = "" if mark is None else mark.run_id, plan.first_draw + plan.steps
-            self._draws = self.train_dataset.draws(sampler, end, run_id, self._termination.obey, args.device)
-        indices = LogicalBatchIndices(
-            self._draws, plan.steps_per_epoch, args.process_index, args.world_size, plan.first_draw
-        )
+        self._draws = draws_of(
+            self.train_dataset, self._units, self.args, plan, self._run.next_sampling_key(),
+            None if mark is None else mark.run_id, self._termination.obey,
+        )  # fmt: skip
         self._stream = MicrobatchStream(self._example_loader, self._examples_at_once)
-        return LogicalBatchLoader(indices, dataset_size)
+        return LogicalBatchLoader(indices_of(self._draws, self.args, plan), plan.dataset_size)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Sequence[int]], num_batches: int, device: torch.device

@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -44,17 +45,17 @@ from hf_dpvision.config import ParsedArguments, parse_arguments, without_folders
 from hf_dpvision.data import (
     Augmentation,
     DigitsData,
+    FilesData,
     FolderData,
     HubData,
     ImageData,
     ImageTransform,
-    ParquetData,
     Source,
     Split,
-    StreamedData,
     check_images,
     image_examples,
     load_image_data,
+    load_image_stream,
     model_input,
 )
 from hf_dpvision.errors import ArgumentRefused, DataRefused, RefusedError
@@ -112,14 +113,22 @@ class DataTrainingArguments:
     dataset_config_name: str | None = _argument(None, "Configuration of the Hub data set.")
     train_dir: str | None = _argument(None, "Folder with one sub-folder of images per class.")
     validation_dir: str | None = _argument(None, "The same for the held-out images.")
-    train_files: str | None = _argument(None, "Local parquet files: a path or a glob pattern.")
+    train_files: str | None = _argument(
+        None, "Local files (parquet, Arrow, CSV with paths of images, tar as of WebDataset): a path or a glob pattern."
+    )
     validation_files: str | None = _argument(None, "The same for the held-out images.")
     train_split: str = _argument("train", "Name of the training part.")
     eval_split: str | None = _argument(None, "Name of the held-out part; by default validation, else test.")
     train_val_split: float | None = _argument(None, "Fraction of the training part to hold out if there is no other.")
-    max_train_samples: int | None = _argument(None, "Train on a random subset (chosen by seed) of this size.")
-    max_eval_samples: int | None = _argument(None, "Evaluate on a random subset (chosen by seed) of this size.")
-    streaming: bool = _argument(False, "Fetch only the first max_train_samples rows of each part of a Hub data set.")
+    max_train_samples: int | None = _argument(
+        None, "Train on a random subset (chosen by seed) of this size; of a stream on its first rows."
+    )
+    max_eval_samples: int | None = _argument(
+        None, "Evaluate on a random subset (chosen by seed) of this size; of a stream on its first rows."
+    )
+    streaming: bool = _argument(
+        False, "Train on a stream that is never downloaded as a whole; see stream_sampling and train_dataset_size."
+    )
     image_column_name: str | None = _argument(None, "Column of the images; found by itself if usual.")
     label_column_name: str | None = _argument(None, "Column of the classes; found by itself if usual.")
     class_names: list[str] | None = field(
@@ -127,7 +136,9 @@ class DataTrainingArguments:
     )
     cache_dir: str | None = _argument(None, "Where prepared data sets are kept.")
     token: str | None = _argument(None, "Access token for a private Hub data set.")
-    check_images: bool = _argument(True, "Decode every image once before training, to refuse broken files in time.")
+    check_images: bool = _argument(
+        True, "Decode every image once before training, to refuse broken files in time; a stream is not checked."
+    )
     image_size: int | None = _argument(None, "Height and width of the model's input, if not the model's own.")
     crop_pct: float | None = _argument(None, "Part of the picture's shorter edge that is kept; 1 keeps all of it.")
     train_transform: Literal["none", "flip", "crop", "flip_crop"] = _argument(
@@ -216,7 +227,8 @@ def prepare(
 ) -> tuple[nn.Module, Prepared]:
     """Load the data and the model, and check that the one fits the other; nothing is spent."""
     with training_args.main_process_first(desc="loading the data set"):
-        data = load_image_data(
+        load = partial(load_image_stream, cache_dir=data_args.cache_dir) if data_args.streaming else load_image_data
+        data = load(
             data_source(data_args),
             Split(
                 train=data_args.train_split,
@@ -234,13 +246,14 @@ def prepare(
     parts = {"train": data.train, "held-out": data.held_out if training_args.do_eval else None}
     if parts["held-out"] is None and training_args.do_eval:
         raise DataRefused("there is no held-out part to evaluate on: set train_val_split, or do_eval=False.")
+    amount = "a stream of" if data.size is None else f"{data.size:,}"
     say(
-        f"Data: {len(data.train):,} training images of {len(data.names)} classes "
+        f"Data: {amount} training images of {len(data.names)} classes "
         f"(columns {data.columns.image!r} and {data.columns.label!r})."
     )
     if data_args.check_images:
         for part, rows in parts.items():
-            if rows is not None:
+            if rows is not None and not (part == "train" and data_args.streaming):
                 check_images(rows, data.columns, part, quiet=training_args.process_index != 0)
     model = load_model(
         model_args.model_name_or_path,
@@ -252,22 +265,20 @@ def prepare(
         zero_head(model)
     processor_name = model_args.image_processor_name or model_args.model_name_or_path
     wanted = model_input(model, processor_name, image_size=data_args.image_size, crop_pct=data_args.crop_pct)
-    transforms = {
-        "train": ImageTransform(wanted.preprocessing, AUGMENTATIONS[data_args.train_transform]),
-        "held-out": ImageTransform(wanted.preprocessing),
-    }
     grouping = [name for name in (training_args.privacy_unit_column, training_args.id_column) if name is not None]
-    keep = {"train": grouping, "held-out": []}
-    examples = {
-        part: None if rows is None else image_examples(rows, data.columns, transforms[part], part, keep[part])
-        for part, rows in parts.items()
-    }
+    train = data.training_set(
+        ImageTransform(wanted.preprocessing, AUGMENTATIONS[data_args.train_transform]), grouping
+    )
+    plain = ImageTransform(wanted.preprocessing)
+    held_out = parts["held-out"]
+    if held_out is not None:
+        held_out = image_examples(held_out, data.columns, plain, "held-out")
     options = data_args.metric_options or {}
     return model, Prepared(
         data,
         {
-            "train_dataset": examples["train"],
-            "eval_dataset": examples["held-out"],
+            "train_dataset": train,
+            "eval_dataset": held_out,
             "processing_class": wanted.processor,
             "compute_metrics": compute_metrics_for(len(data.names), data_args.metric, options),
         },
@@ -285,14 +296,9 @@ def data_source(args: DataTrainingArguments) -> Source:
     if args.train_dir is not None:
         return FolderData(args.train_dir, args.validation_dir, args.cache_dir)
     if args.train_files is not None:
-        return ParquetData(args.train_files, args.validation_files, args.cache_dir)
+        return FilesData(args.train_files, args.validation_files, args.cache_dir, args.image_column_name)
     if args.dataset_name == "digits":
         return DigitsData()
-    if args.streaming:
-        if args.max_train_samples is None:
-            raise ArgumentRefused("streaming needs max_train_samples: that many rows are fetched and kept.")
-        rows = max(args.max_train_samples, args.max_eval_samples or 0)
-        return StreamedData(args.dataset_name, rows, args.dataset_config_name, args.cache_dir, args.token)
     return HubData(args.dataset_name, args.dataset_config_name, args.cache_dir, args.token)
 
 
@@ -341,6 +347,8 @@ def make_record(
     measured = {model: score for model, score in scores.items() if score}
     trained, everything = count_parameters(trainer.model)
     held_out = 0 if data.held_out is None else len(data.held_out)
+    # a stream is counted while it is trained on
+    trained_on = len(trainer.train_dataset) if data.size is None and training_args.do_train else data.size
     hardware, versions = environment()
     column = training_args.privacy_unit_column if bounds else None
     return RecipeRecord(
@@ -348,7 +356,7 @@ def make_record(
         command=shlex.join(["python", f"recipes/{Path(__file__).name}", *map(without_folders, _of_run(command_line))]),
         settings=parsed.settings(leave_out=SECRET),
         model=Path(model_args.model_name_or_path).name,
-        data=f"{data_name(data_args)}, {len(data.train)} train and {held_out} held-out images",
+        data=f"{data_name(data_args)}, {trained_on} train and {held_out} held-out images",
         trained=f"{model_args.train_layers}, {trained:,} of {everything:,} parameters",
         epsilon=bounds.upper if bounds else None,
         delta=training_args.target_delta if bounds else None,

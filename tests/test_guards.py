@@ -157,7 +157,7 @@ class Stream(torch.utils.data.IterableDataset):
     [
         (None, DataRefused, "train_dataset is None"),
         (Images(0), DataRefused, "empty"),
-        (Stream(), DataRefused, "Write the stream"),
+        (Stream(), DataRefused, "Pass it as a datasets.IterableDataset"),
         (Images(5), ArgumentRefused, "logical_batch_size=8 .* 5 examples"),
     ],
 )

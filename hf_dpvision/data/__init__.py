@@ -3,18 +3,9 @@
 from .columns import Columns, find_columns
 from .digits import load_digits
 from .examples import ImageExamples, image_examples
-from .loading import (
-    DigitsData,
-    FolderData,
-    HubData,
-    ImageData,
-    ParquetData,
-    Source,
-    Split,
-    StreamedData,
-    load_image_data,
-)
+from .loading import ImageData, Split, load_image_data, load_image_stream
 from .processors import ModelInput, model_input
+from .sources import DigitsData, FilesData, FolderData, HubData, Source
 from .streams import ImageStream, image_stream
 from .transforms import (
     Augmentation,
@@ -30,6 +21,7 @@ __all__ = [
     "Augmentation",
     "Columns",
     "DigitsData",
+    "FilesData",
     "FolderData",
     "HubData",
     "ImageData",
@@ -37,11 +29,9 @@ __all__ = [
     "ImageStream",
     "ImageTransform",
     "ModelInput",
-    "ParquetData",
     "Preprocessing",
     "Source",
     "Split",
-    "StreamedData",
     "check_images",
     "check_labels",
     "declared_classes",
@@ -50,6 +40,7 @@ __all__ = [
     "image_stream",
     "load_digits",
     "load_image_data",
+    "load_image_stream",
     "model_input",
     "preprocessing_from_processor",
     "preprocessing_from_timm",

@@ -1,145 +1,27 @@
-"""Where the examples come from, and which of them train and which are held out."""
+"""Which examples train and which are held out, with their columns and classes found and checked."""
 
 from __future__ import annotations
 
-import glob
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Image, IterableDataset, IterableDatasetDict
+from PIL import Image as PILImage
+from torch import Tensor
 
 from ..errors import DataRefused
 from .columns import Columns, find_columns
-from .digits import load_digits
+from .examples import ImageExamples, image_examples
 from .grouping import group_rows
+from .sources import Source
+from .streams import ImageStream, image_stream
 from .validation import check_labels, declared_classes, encode_labels
 
 
 EVAL_SPLITS = ("validation", "valid", "val", "test", "eval")
-
-
-class Source(Protocol):
-    """Something that gives the parts of a data set by name."""
-
-    def load(self) -> DatasetDict: ...
-
-
-@dataclass(frozen=True)
-class HubData:
-    """A data set of the Hub, or a local folder or file that `datasets.load_dataset` understands by itself."""
-
-    name: str
-    config: str | None = None
-    cache_dir: str | None = None
-    token: str | None = None
-
-    def load(self) -> DatasetDict:
-        """Download or open it.
-
-        Raises:
-            DataRefused: it cannot be found or reached.
-        """
-        return _load(
-            f"data set {self.name!r}",
-            lambda: load_dataset(self.name, self.config, cache_dir=self.cache_dir, token=self.token),
-        )
-
-
-@dataclass(frozen=True)
-class StreamedData:
-    """The first `rows` examples of every part of a Hub data set that is too large for the disk.
-
-    The stream is only used to write those rows to the cache. Training never reads a stream: Poisson sampling needs
-    random access, and a shuffle buffer is not a Poisson sample.
-    """
-
-    name: str
-    rows: int
-    config: str | None = None
-    cache_dir: str | None = None
-    token: str | None = None
-
-    def load(self) -> DatasetDict:
-        """Read and keep the first rows.
-
-        Raises:
-            DataRefused: the data set cannot be found or reached.
-        """
-        stream = _load(
-            f"data set {self.name!r}",
-            lambda: load_dataset(self.name, self.config, cache_dir=self.cache_dir, token=self.token, streaming=True),
-        )
-        return DatasetDict({part: self._keep(examples) for part, examples in stream.items()})
-
-    def _keep(self, stream: IterableDatasetDict) -> Dataset:
-        return Dataset.from_list(list(islice(stream, self.rows)), features=stream.features)
-
-
-@dataclass(frozen=True)
-class FolderData:
-    """Folders with one sub-folder per class (`imagefolder`); the folder names are the class names."""
-
-    train_dir: str
-    validation_dir: str | None = None
-    cache_dir: str | None = None
-
-    def load(self) -> DatasetDict:
-        """List the files.
-
-        Raises:
-            DataRefused: a folder does not exist or holds no images.
-        """
-        folders = {"train": self.train_dir, "validation": self.validation_dir}
-        patterns = {part: str(Path(folder) / "**") for part, folder in folders.items() if folder is not None}
-        for part in patterns:
-            if not Path(folders[part]).is_dir():
-                raise DataRefused(f"the image folder {folders[part]!r} ({part}) does not exist.")
-        return _load(
-            f"image folder {self.train_dir!r}",
-            lambda: load_dataset("imagefolder", data_files=patterns, cache_dir=self.cache_dir, drop_labels=False),
-        )
-
-
-@dataclass(frozen=True)
-class ParquetData:
-    """Local parquet files; both arguments are paths or glob patterns."""
-
-    train_files: str
-    validation_files: str | None = None
-    cache_dir: str | None = None
-
-    def load(self) -> DatasetDict:
-        """Open the files.
-
-        Raises:
-            DataRefused: no file matches, or a file is not parquet.
-        """
-        patterns = {"train": self.train_files, "validation": self.validation_files}
-        files = {part: sorted(glob.glob(pattern)) for part, pattern in patterns.items() if pattern is not None}
-        for part, found in files.items():
-            if not found:
-                raise DataRefused(
-                    f"no parquet file matches {patterns[part]!r} ({part}): this data set is not on this machine. "
-                    "Put the files there or point train_files and validation_files to them."
-                )
-        return _load(
-            f"parquet files {self.train_files!r}",
-            lambda: load_dataset("parquet", data_files=files, cache_dir=self.cache_dir),
-        )
-
-
-@dataclass(frozen=True)
-class DigitsData:
-    """Scikit-learn's scanned digits, present on every machine (`hf_dpvision.data.digits`)."""
-
-    def load(self) -> DatasetDict:
-        """Return the fixed train and test part."""
-        return load_digits()
 
 
 @dataclass(frozen=True)
@@ -171,11 +53,7 @@ class Split:
         Raises:
             DataRefused: a named part is absent, the numbers make no sense, or units cannot be told apart.
         """
-        train = self._part(parts, self.train)
-        if self.evaluation is not None:
-            held_out = self._part(parts, self.evaluation)
-        else:
-            held_out = next((parts[name] for name in EVAL_SPLITS if name in parts and name != self.train), None)
+        train, held_out = self._part(parts, self.train), self._held_out(parts)
         if held_out is None and self.held_out_fraction is not None:
             if not 0 < self.held_out_fraction < 1:
                 raise DataRefused(f"train_val_split must lie in (0, 1), got {self.held_out_fraction}.")
@@ -199,7 +77,27 @@ class Split:
         train, held_out = (np.sort(np.concatenate([units.rows_of(unit) for unit in part])) for part in parts)
         return rows.select(train), rows.select(held_out)
 
-    def _part(self, parts: DatasetDict, name: str) -> Dataset:
+    def first_rows(self, parts: IterableDatasetDict) -> tuple[IterableDataset, IterableDataset | None]:
+        """Return the same of streams: of a limited part the first rows, since there is no random access.
+
+        Raises:
+            DataRefused: a named part is absent, a number makes no sense, or the columns are not known beforehand.
+        """
+        train, held_out = self._part(parts, self.train), self._held_out(parts)
+        for name, rows in ((self.train, train), ("held-out", held_out)):
+            if rows is not None and rows.features is None:
+                raise DataRefused(
+                    f"part {name!r} of the stream does not tell its columns: give DPTrainer the stream itself, with "
+                    "stream.cast(features)."
+                )
+        return _limited(train, self.max_train), None if held_out is None else _limited(held_out, self.max_eval)
+
+    def _held_out(self, parts: Any) -> Any:
+        if self.evaluation is not None:
+            return self._part(parts, self.evaluation)
+        return next((parts[name] for name in EVAL_SPLITS if name in parts and name != self.train), None)
+
+    def _part(self, parts: Any, name: str) -> Any:
         if name not in parts:
             raise DataRefused(f"the data set has no part {name!r}; parts present: {', '.join(parts)}.")
         return parts[name]
@@ -212,14 +110,36 @@ class Split:
         return rows.shuffle(seed=self.seed).select(range(min(most, len(rows))))
 
 
+def _limited(rows: IterableDataset, most: int | None) -> IterableDataset:
+    if most is not None and most < 1:
+        raise DataRefused(f"a part of a stream is limited to {most} rows: at least 1 is needed.")
+    return rows if most is None else rows.take(most)
+
+
 @dataclass(frozen=True)
 class ImageData:
-    """Checked training and held-out rows with whole-number labels, their columns, and the class names."""
+    """Checked training and held-out rows with whole-number labels, their columns, and the class names.
 
-    train: Dataset
+    The labels of a stream are checked by the trainer, while it is read.
+    """
+
+    train: Dataset | IterableDataset
     held_out: Dataset | None
     columns: Columns
     names: list[str]
+
+    @property
+    def size(self) -> int | None:
+        """Number of training images; None for a stream, which is counted when it is read."""
+        return None if isinstance(self.train, IterableDataset) else len(self.train)
+
+    def training_set(
+        self, transform: Callable[[PILImage.Image], Tensor], keep: Sequence[str] = ()
+    ) -> ImageExamples | ImageStream:
+        """Return what the trainer trains on; `keep` names columns by which rows are grouped (not of a stream)."""
+        if isinstance(self.train, IterableDataset):
+            return image_stream(self.train, self.columns, transform)
+        return image_examples(self.train, self.columns, transform, keep=keep)
 
 
 def load_image_data(
@@ -238,29 +158,71 @@ def load_image_data(
     train, held_out = split.apply(source.load())
     columns = find_columns(train.features, image_column, label_column)
     names = declared_classes(train, columns.label, class_names)
-    checked = []
-    for part, rows in (("train", train), ("held-out", held_out)):
-        if rows is None:
-            checked.append(None)
-            continue
-        find_columns(rows.features, columns.image, columns.label)
-        own = declared_classes(rows, columns.label, class_names)
-        if own != names:
-            raise DataRefused(
-                f"part {part!r} declares the classes {own}, part 'train' declares {names}: the same number would mean "
-                "different classes. Give class_names if the two lists only differ in spelling."
-            )
-        rows = encode_labels(rows, columns.label, names, part)
-        check_labels(rows, columns.label, names, part)
-        checked.append(rows)
-    return ImageData(checked[0], checked[1], columns, names)
+    train = _checked(train, "train", columns, names, class_names)
+    if held_out is not None:
+        held_out = _checked(held_out, "held-out", columns, names, class_names)
+    return ImageData(train, held_out, columns, names)
 
 
-def _load(what: str, load: Callable[[], DatasetDict]) -> DatasetDict:
-    try:
-        return load()
-    except (OSError, ValueError, RuntimeError) as error:  # the types `datasets` raises for absent or broken data
+def load_image_stream(
+    source: Source,
+    split: Split = Split(),  # noqa: B008  frozen
+    *,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    class_names: Sequence[str] | None = None,
+    cache_dir: str | None = None,
+) -> ImageData:
+    """Open a stream to train on; the held-out part is fetched and kept, for it is read several times.
+
+    Of `split`, `max_train` and `max_eval` mean the first so many rows.
+
+    Raises:
+        DataRefused: the parts do not tell their columns; rows are to be set aside, which needs random access; or as
+            for `load_image_data`.
+    """
+    if split.held_out_fraction is not None or split.unit_column is not None:
         raise DataRefused(
-            f"{what} cannot be loaded ({type(error).__name__}: {error}): check the name, the files and, for a Hub "
-            "data set, the connection and your access."
-        ) from error
+            "setting rows of a stream aside, or keeping those of one owner together, needs random access: name a "
+            "held-out part, or load the data without streaming."
+        )
+    train, held_out = split.first_rows(source.stream())
+    columns = find_columns(train.features, image_column, label_column)
+    names = declared_classes(train, columns.label, class_names)
+    if not isinstance(train.features[columns.label], ClassLabel):
+        train = train.cast_column(columns.label, ClassLabel(names=names))  # texts become numbers
+    if held_out is None:
+        return ImageData(train, None, columns, names)
+    find_columns(held_out.features, columns.image, columns.label)
+    rows = _checked(_fetched(held_out, columns, cache_dir), "held-out", columns, names, class_names)
+    return ImageData(train, rows, columns, names)
+
+
+def _checked(
+    rows: Dataset, part: str, columns: Columns, names: list[str], class_names: Sequence[str] | None
+) -> Dataset:
+    find_columns(rows.features, columns.image, columns.label)
+    own = declared_classes(rows, columns.label, class_names)
+    if own != names:
+        raise DataRefused(
+            f"part {part!r} declares the classes {own}, part 'train' declares {names}: the same number would mean "
+            "different classes. Give class_names if the two lists only differ in spelling."
+        )
+    rows = encode_labels(rows, columns.label, names, part)
+    check_labels(rows, columns.label, names, part)
+    return rows
+
+
+def _fetched(stream: IterableDataset, columns: Columns, cache_dir: str | None) -> Dataset:
+    """Write the two columns of a stream into the cache, images as they are encoded."""
+    stream = stream.select_columns([columns.image, columns.label])
+    encoded = isinstance(stream.features[columns.image], Image)
+    if encoded:
+        stream = stream.cast_column(columns.image, Image(decode=False))
+    told = {"stream": stream}
+    rows = Dataset.from_generator(_rows_of, stream.features, cache_dir=cache_dir, gen_kwargs=told)
+    return rows.cast_column(columns.image, Image()) if encoded else rows
+
+
+def _rows_of(stream: IterableDataset) -> Iterator[dict[str, Any]]:
+    yield from stream

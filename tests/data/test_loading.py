@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import pickle
+import tarfile
 
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset, Value
 from PIL import Image as PILImage
 from torch.utils.data import DataLoader
 
 from hf_dpvision.data import (
     Columns,
     DigitsData,
+    FilesData,
     FolderData,
     HubData,
     ImageTransform,
-    ParquetData,
     Preprocessing,
     Split,
-    StreamedData,
     image_examples,
     load_image_data,
+    load_image_stream,
 )
 from hf_dpvision.errors import DataRefused
 
@@ -50,7 +52,7 @@ def test_parquet_globs_are_read(tmp_path):
     for shard in range(2):
         _rows(5).to_parquet(tmp_path / f"train-{shard}.parquet")
     _rows(3).to_parquet(tmp_path / "test-0.parquet")
-    source = ParquetData(f"{tmp_path}/train-*.parquet", f"{tmp_path}/test-*.parquet", cache_dir=str(tmp_path / "c"))
+    source = FilesData(f"{tmp_path}/train-*.parquet", f"{tmp_path}/test-*.parquet", cache_dir=str(tmp_path / "c"))
     data = load_image_data(source)
     assert (len(data.train), len(data.held_out)) == (10, 3)
     assert (data.columns, data.names) == (Columns("img", "label"), ["cat", "dog"])
@@ -58,7 +60,7 @@ def test_parquet_globs_are_read(tmp_path):
 
 def test_parquet_that_is_not_there_says_so(tmp_path):
     with pytest.raises(DataRefused, match="this data set is not on this machine"):
-        load_image_data(ParquetData(f"{tmp_path}/nothing-*.parquet"))
+        load_image_data(FilesData(f"{tmp_path}/nothing-*.parquet"))
 
 
 def test_image_folders_are_read_with_their_class_names(tmp_path):
@@ -165,10 +167,76 @@ def test_an_example_that_cannot_be_read_is_named_by_its_index():
         image_examples(rows, Columns("image", "label"), ImageTransform(plain))[0]
 
 
-def test_a_stream_is_only_used_to_keep_its_first_rows(tmp_path):
+def test_a_stream_is_opened_and_only_its_held_out_part_is_fetched(tmp_path):
     (tmp_path / "set").mkdir()
-    rows = _rows(9)
-    rows.to_parquet(tmp_path / "set" / "train.parquet")
-    data = load_image_data(StreamedData(str(tmp_path / "set"), rows=4, cache_dir=str(tmp_path / "c")))
-    assert isinstance(data.train, Dataset) and data.train["path"][:] == rows["path"][:4]
-    assert np.array_equal(np.asarray(data.train[2]["img"]), np.asarray(rows[2]["img"]))
+    rows = {part: _rows(count) for part, count in (("train", 9), ("validation", 4))}
+    for part, some in rows.items():
+        some.to_parquet(tmp_path / "set" / f"{part}.parquet")
+    split = Split(max_train=7, max_eval=3)
+    data = load_image_stream(HubData(str(tmp_path / "set")), split, cache_dir=str(tmp_path / "c"))
+    assert isinstance(data.train, IterableDataset) and data.size is None and data.names == ["cat", "dog"]
+    assert [row["label"] for row in data.train] == rows["train"]["label"][:7]
+    assert isinstance(data.held_out, Dataset) and len(data.held_out) == 3
+    assert np.array_equal(np.asarray(data.held_out[2]["img"]), np.asarray(rows["validation"][2]["img"]))
+
+
+def test_what_needs_random_access_is_refused_of_a_stream(tmp_path):
+    for split in (Split(held_out_fraction=0.1), Split(unit_column="patient")):
+        with pytest.raises(DataRefused, match="needs random access"):
+            load_image_stream(DigitsData(), split)
+    with pytest.raises(DataRefused, match="limited to 0 rows"):
+        load_image_stream(DigitsData(), Split(max_train=0))
+
+
+def test_names_of_classes_in_a_stream_become_numbers(tmp_path):
+    made = _rows(6).cast_column("label", Value("int64")).map(
+        lambda row: {"label": ["cat", "dog"][row["label"]]}, features=Features(img=Image(), path=Value("string"),
+                                                                             label=Value("string")))  # fmt: skip
+    made.to_parquet(tmp_path / "train.parquet")
+    data = load_image_stream(FilesData(f"{tmp_path}/train.parquet"), class_names=["dog", "cat"])
+    assert [row["label"] for row in data.train] == [1, 0, 1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_images_whose_paths_stand_in_a_csv_file_are_found_beside_it(tmp_path, streaming):
+    (tmp_path / "scans").mkdir()
+    for index in range(3):
+        PILImage.new("RGB", (6, 6), (index, 0, 0)).save(tmp_path / "scans" / f"{index}.png")
+    lines = ["scan,label", *(f"scans/{index}.png,{index % 2}" for index in range(3))]
+    (tmp_path / "train.csv").write_text("\n".join(lines))
+    source = FilesData(f"{tmp_path}/train.csv", cache_dir=str(tmp_path / "c"), image_column="scan")
+    named = {"image_column": "scan", "class_names": ["cat", "dog"]}
+    data = (load_image_stream if streaming else load_image_data)(source, **named)
+    paths = [row["scan"] for row in data.train]
+    assert paths == [str(tmp_path / "scans" / f"{index}.png") for index in range(3)]
+    if not streaming:
+        assert data.training_set(lambda picture: picture.getpixel((0, 0))[0])[2]["pixel_values"] == 2
+
+
+def test_a_csv_file_without_a_column_of_paths_lists_what_it_has(tmp_path):
+    (tmp_path / "train.csv").write_text("scan,label\na.png,0\n")
+    with pytest.raises(DataRefused, match="columns .'scan', 'label'.*image_column_name"):
+        load_image_data(FilesData(f"{tmp_path}/train.csv", cache_dir=str(tmp_path / "c")))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_tar_archives_are_read(tmp_path, streaming):
+    with tarfile.open(tmp_path / "train-0.tar", "w") as archive:
+        for index in range(4):
+            picture = io.BytesIO()
+            PILImage.new("RGB", (6, 6), (index, 0, 0)).save(picture, "PNG")
+            for name, content in ((f"{index}.png", picture.getvalue()), (f"{index}.cls", str(index % 2).encode())):
+                entry = tarfile.TarInfo(name)
+                entry.size = len(content)
+                archive.addfile(entry, io.BytesIO(content))
+    named = {"label_column": "cls", "class_names": ["cat", "dog"]}
+    source = FilesData(f"{tmp_path}/train-*.tar", cache_dir=str(tmp_path / "c"))
+    data = (load_image_stream if streaming else load_image_data)(source, **named)
+    assert data.columns == Columns("png", "cls") and [row["cls"] for row in data.train] == [0, 1, 0, 1]
+
+
+def test_files_of_several_or_unknown_kinds_are_refused(tmp_path):
+    for name in ("a.parquet", "b.csv"):
+        (tmp_path / name).touch()
+    with pytest.raises(DataRefused, match="files of the kinds"):
+        load_image_data(FilesData(f"{tmp_path}/*"))

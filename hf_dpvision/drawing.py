@@ -1,0 +1,50 @@
+"""Which draws a trainer uses: by index, by unit of privacy, or over a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from . import processes
+from .data.grouping import Units
+from .plan import Plan
+from .sampling import Draws, LogicalBatchIndices, PoissonSampler
+from .streamed import StreamedExamples
+from .training_args import DPTrainingArguments
+from .unit_sampling import UnitSampler
+
+
+def draws_of(
+    dataset: Any,
+    units: Units | None,
+    args: DPTrainingArguments,
+    plan: Plan,
+    key: bytes,
+    run_id: str | None,
+    stop: Callable[[], None],
+) -> Draws:
+    """Return who takes part in which step of a call of `train()`.
+
+    Args:
+        dataset: the training set.
+        units: the rows of each unit of privacy; None if every example is one.
+        args: of the trainer.
+        plan: of this call.
+        key: secret; that of the first process is used by all.
+        run_id: of the ledger, known to the first process.
+        stop: called now and then while a stream is read; it raises if the run is to end.
+    """
+    key = processes.same_key(key, args.device)
+    sampler = PoissonSampler(key, plan.dataset_size, plan.sample_rate)
+    if units is not None:
+        return UnitSampler(sampler, units, key, args.examples_per_unit)
+    if isinstance(dataset, StreamedExamples):
+        return dataset.draws(sampler, plan.first_draw + plan.steps, run_id, stop, args.device)
+    return sampler
+
+
+def indices_of(draws: Draws, args: DPTrainingArguments, plan: Plan) -> LogicalBatchIndices:
+    """Return this process's share of each step, epoch by epoch."""
+    return LogicalBatchIndices(
+        draws, plan.steps_per_epoch, args.process_index, args.world_size, plan.first_draw
+    )
