@@ -221,3 +221,9 @@ def test_without_privacy_the_same_rows_are_drawn(tmp_path):
 def test_a_plain_data_set_of_the_same_rows_gives_the_same(tmp_path, by_index):
     indexed = Dataset.from_generator(rows, features=FEATURES, cache_dir=str(tmp_path / "cache")).with_format("torch")
     assert torch.equal(trained(tmp_path / "run", indexed), by_index)
+
+
+@pytest.mark.parametrize("name", ["privacy_unit_column", "id_column"])
+def test_units_of_a_stream_are_refused(tmp_path, name):
+    with pytest.raises(DataRefused, match=f"{name}='labels'.*a stream, in which the rows of one unit"):
+        run_on(tmp_path, stream(), **{name: "labels"}).train()
