@@ -22,9 +22,10 @@ from .checkpoints import find_resume_point
 from .data.labels import refuse_labels
 from .drafts import discard_drafts
 from .errors import ArgumentRefused
+from .exact_sums import Grid
 from .guards_arguments import refuse_arguments
 from .guards_tracking import refuse_uploading_trackers
-from .layouts import Layout, Replicated, Sharded
+from .layouts import Layout, Repeatable, Replicated, Sharded
 from .loader import example_loader, lost_workers_explained
 from .losses import model_losses
 from .mechanism import Mechanism, Randomness, SystemRandomness
@@ -115,10 +116,14 @@ class DPTrainer(PublishingTrainer):
         self._stream: MicrobatchStream | None = None
         self._rehearsal = Rehearsal(args, self._loss_of_examples)
 
-    def _make_layout(self) -> Layout:
+    def _make_layout(self, dataset_size: int) -> Layout:
         args, options = self.args, self.args.build_sharding()
+        whole = (self._examples_at_once, args.augmentation_multiplicity, args.device)
+        if args.sums_exactly:
+            entries = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+            return Repeatable(*whole, Grid(dataset_size, args.build_clipping().sensitivity(), entries))
         if options is None:
-            return Replicated(self._examples_at_once, args.augmentation_multiplicity, args.device)
+            return Replicated(*whole)
         return Sharded(options, args.device, lambda: self._rehearsal.examples(1, args.device))
 
     # The run
@@ -167,7 +172,7 @@ class DPTrainer(PublishingTrainer):
         self._rehearsal.check(self.model)
         if self.args.finds_batch_size:
             self.args.per_device_train_batch_size = self._rehearsal.largest_batch(self.model, dataset_size)
-        self._layout = self._make_layout()
+        self._layout = self._make_layout(dataset_size)
         point = find_resume_point(resume_from_checkpoint, self.args.output_dir) if resume_from_checkpoint else None
         folder = None if point is None or point.folder is None else str(point.folder)
         started = self._run.started(self.args, dataset_size, self.model, point)
@@ -222,7 +227,8 @@ class DPTrainer(PublishingTrainer):
         """Return the loader whose items are index lists of logical batches; see `get_batch_samples`."""
         args, dataset_size = self.args, guards.refuse_dataset(self.train_dataset, self.args)
         key = processes.same_key(self._run.next_sampling_key(), args.device)
-        sampler = PoissonSampler(key, dataset_size, args.logical_batch_size / dataset_size)
+        block = self._examples_at_once if args.sums_exactly else 1
+        sampler = PoissonSampler(key, dataset_size, args.logical_batch_size / dataset_size, block)
         steps_per_epoch = math.ceil(dataset_size / args.logical_batch_size)
         first = self._run.plan.first_draw
         indices = LogicalBatchIndices(sampler, steps_per_epoch, args.process_index, args.world_size, first)
