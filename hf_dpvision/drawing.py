@@ -20,6 +20,7 @@ def draws_of(
     args: DPTrainingArguments,
     plan: Plan,
     key: bytes,
+    block: int,
     run_id: str | None,
     stop: Callable[[], None],
 ) -> Draws:
@@ -31,11 +32,12 @@ def draws_of(
         args: of the trainer.
         plan: of this call.
         key: secret; that of the first process is used by all.
+        block: so many drawn in a row go to the same process.
         run_id: of the ledger, known to the first process.
         stop: called now and then while a stream is read; it raises if the run is to end.
     """
     key = processes.same_key(key, args.device)
-    sampler = PoissonSampler(key, plan.dataset_size, plan.sample_rate)
+    sampler = PoissonSampler(key, plan.dataset_size, plan.sample_rate, block)
     if units is not None:
         return UnitSampler(sampler, units, key, args.examples_per_unit)
     if isinstance(dataset, StreamedExamples):

@@ -159,6 +159,25 @@ _TABLE = (
         "with fsdp a block's parameters are gone when the factors are known, so that the sums take a second pass",
         "Leave it unset, or set it to 2.",
     ),
+    _Row(
+        "full_determinism",
+        lambda args: args.sums_exactly and bool(args.fsdp),
+        "with fsdp sums are formed by torch, block by block, in an order that depends on the number of processes",
+        "Leave one of the two off.",
+    ),
+    _Row(
+        "full_determinism",
+        lambda args: args.sums_exactly and args.finds_batch_size,
+        "every process finds its own per_device_train_batch_size, and the gradient of another microbatch is rounded "
+        "otherwise",
+        "Give the size as a number.",
+    ),
+    _Row(
+        "full_determinism",
+        lambda args: args.sums_exactly and args.device.type == "mps",
+        "sums that do not depend on their order take float64, which this device does not have",
+        "Leave it off, or set use_cpu=True.",
+    ),
     _Row("parallelism_config", lambda args: args.parallelism_config is not None, SHARDED, ONE_DEVICE),
     _Row(
         "use_liger_kernel",

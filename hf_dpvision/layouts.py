@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from . import processes, sharding
 from .collector import zeros
+from .exact_sums import Grid
 from .mechanism import Mechanism
 from .microbatches import DeviceSum
 from .sampling import LogicalBatch
 from .sharding import Sharding
+from .training_args import DPTrainingArguments
 
 
 # `run(microbatch, step)` brings a microbatch to the device and hands it, with model and loss, to `step`.
@@ -68,6 +70,39 @@ class Replicated:
             parameter.grad = gradients[name].to(parameter.dtype)
 
 
+class Repeatable(Replicated):
+    """As `Replicated`, with sums whose bits do not depend on how many processes form them.
+
+    Guarantee: the result of a step is a function of the draw, the weights, the noise and the size of microbatches, bit
+    for bit, as far as a microbatch's gradient is: the same kernels on the same kind of device with the same number of
+    threads, and no random augmentation or dropout, whose generators belong to the processes. Microbatches have to be
+    the same, see `PoissonSampler`; one that is halved for want of memory is another one.
+
+    Noise follows the reduction and is handed round, for a sum with noise is no longer exact. Sums take float64.
+
+    Args:
+        microbatch_size, rows, device: as for `Replicated`.
+        grid: makes additions exact.
+    """
+
+    def __init__(self, microbatch_size: int, rows: int, device: torch.device, grid: Grid) -> None:
+        super().__init__(microbatch_size, rows, device)
+        self._grid = grid
+
+    def sums(self, model: nn.Module, batch: LogicalBatch, run: Runner, mechanism: Mechanism) -> Sums:
+        def rounded(part: Any) -> Sums:
+            return self._grid.rounded(run(part, step=mechanism.sum_gradients))
+
+        sums = {name: value.double() for name, value in zeros(_trainable(model)).items()}
+        for microbatch in batch:
+            self._device_sum.add(sums, microbatch, rounded)
+        return sums
+
+    def noisy_total(self, sums: Sums, add_noise: Callable[[Sums], Sums]) -> Sums:
+        total = processes.total(sums)
+        return processes.of_first(add_noise(total) if processes.is_first() else total)
+
+
 class Sharded:
     """Every process has its shard of each parameter: reduced block by block, noise on every shard by its owner.
 
@@ -106,6 +141,30 @@ class Sharded:
     def write_gradients(self, model: nn.Module, gradients: Sums) -> None:
         for name, parameter in _trainable(model).items():
             parameter.grad = sharding.as_shard(gradients[name].to(parameter.dtype), parameter)
+
+
+def layout_of(
+    args: DPTrainingArguments,
+    model: nn.Module,
+    examples_at_once: int,
+    dataset_size: int,
+    stand_in: Callable[[torch.device], Any],
+) -> Layout:
+    """Return the layout that the arguments ask for.
+
+    Args:
+        args: of the trainer.
+        model: as it will be trained.
+        examples_at_once: most examples of a microbatch.
+        dataset_size: N, the most that a logical batch may hold.
+        stand_in: returns one random example of the data's shape.
+    """
+    whole = (examples_at_once, args.rows_per_unit, args.device)
+    if args.sums_exactly:
+        entries = sum(parameter.numel() for parameter in _trainable(model).values())
+        return Repeatable(*whole, Grid(dataset_size, args.build_clipping().sensitivity(), entries))
+    options = args.build_sharding()
+    return Replicated(*whole) if options is None else Sharded(options, args.device, partial(stand_in, args.device))
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -110,8 +110,9 @@ class PrivateMechanism:
     `noise_multiplier * clipping.sensitivity()` added, and `ledger` has an event for each of them.
 
     Args:
-        clipping, norm_rule, backward_passes, rows, memory_bound: as for `clipped_gradient`. On an accelerator
-            kernels are timed once per shape; on a CPU the planner's model is as good, and repeatable.
+        clipping, norm_rule, backward_passes, rows, memory_bound: as for `clipped_gradient`.
+        repeatable: kernels are chosen by the planner's model, the same in every run. Otherwise they are timed on an
+            accelerator, once per shape; on a CPU the model is as good.
         noise_multiplier: sigma, without unit.
         sample_rate: probability with which each example takes part in a step.
         planned_steps: most events that `ledger` may hold.
@@ -128,6 +129,7 @@ class PrivateMechanism:
         backward_passes: int,
         rows: int,
         memory_bound: float = 1.05,
+        repeatable: bool = False,
         noise_multiplier: float,
         sample_rate: float,
         planned_steps: int,
@@ -143,7 +145,7 @@ class PrivateMechanism:
         self._journal = journal
         self._norm_rule = norm_rule
         self._backward_passes, self._rows = backward_passes, rows
-        self._planner = Planner(memory_bound, measure=torch.accelerator.is_available())
+        self._planner = Planner(memory_bound, measure=not repeatable and torch.accelerator.is_available())
         self._noise = noise
 
     def sum_gradients(self, model: nn.Module, per_example_loss: PerExampleLoss, batch: Any) -> dict[str, Tensor]:

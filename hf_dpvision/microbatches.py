@@ -25,7 +25,8 @@ class DeviceSum:
     Guarantee: every example of a microbatch is in the sum exactly once. A part is added when all of it has been
     computed; one that runs out of memory has added nothing, and its examples come again in smaller parts. The draw is
     the same, and nothing is charged or released meanwhile, so that the result is that of a device with enough memory,
-    up to the order of summation (and to the masks of dropout, which are drawn per part). When memory runs out depends,
+    up to rounding (and to the masks of dropout, which are drawn per part): every part's gradient is rounded by itself,
+    so that bits change even where the parts are added up exactly (`layouts.Repeatable`). When memory runs out depends,
     as timing does, on how many examples came together; the message has the limit, not their number.
 
     Args:

@@ -107,11 +107,33 @@ def total(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     if not _several():
         return dict(sums)
-    flat = torch.cat([value.reshape(-1) for value in sums.values()])
+    flat = _flat(sums)
     with _all_alive():
         dist.all_reduce(flat)
-    parts = flat.split([value.numel() for value in sums.values()])
-    return {name: part.view_as(value) for part, (name, value) in zip(parts, sums.items(), strict=True)}
+    return _cut(flat, sums)
+
+
+def of_first(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of rank 0, on every process, in one transfer; with one process, the tensors themselves.
+
+    Raises:
+        ProcessLost: another process has ended.
+    """
+    if not _several():
+        return dict(tensors)
+    flat = _flat(tensors)
+    with _all_alive():
+        dist.broadcast(flat, src=0)
+    return _cut(flat, tensors)
+
+
+def _flat(tensors: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([value.reshape(-1) for value in tensors.values()])
+
+
+def _cut(flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    parts = flat.split([value.numel() for value in like.values()])
+    return {name: part.view_as(value) for part, (name, value) in zip(parts, like.items(), strict=True)}
 
 
 @contextmanager

@@ -186,6 +186,7 @@ class PrivacyRun:
             backward_passes=args.backward_passes,
             rows=args.rows_per_unit,
             memory_bound=args.memory_bound,
+            repeatable=args.full_determinism,
             noise_multiplier=self.plan.noise_multiplier,
             sample_rate=self.plan.sample_rate,
             planned_steps=self.plan.total_steps,

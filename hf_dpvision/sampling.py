@@ -51,12 +51,14 @@ class PoissonSampler:
         key: 32 secret bytes, `new_key()`; they are never saved.
         dataset_size: Number of examples.
         sample_rate: In (0, 1]; 1 puts every example into every batch.
+        block: How many consecutive examples of a draw stay together in one process's share. With the size of a
+            microbatch, the microbatches are the same whatever the number of processes.
 
     Raises:
         ArgumentRefused: An argument is outside its range.
     """
 
-    def __init__(self, key: bytes, dataset_size: int, sample_rate: float) -> None:
+    def __init__(self, key: bytes, dataset_size: int, sample_rate: float, block: int = 1) -> None:
         if len(key) != KEY_BYTES:
             raise ArgumentRefused(
                 f"The sampling key has {len(key)} bytes instead of {KEY_BYTES}; a short key can be guessed, and with "
@@ -71,6 +73,7 @@ class PoissonSampler:
             )
         self.dataset_size = dataset_size
         self.sample_rate = sample_rate
+        self._block = block
         self._key = key
         # ldexp and int() are exact: the realised rate is sample_rate, rounded down to a multiple of 2^-64
         self._threshold = int(math.ldexp(sample_rate, 64))
@@ -101,7 +104,15 @@ class PoissonSampler:
 
     def share(self, step: int, rank: int, world_size: int) -> list[int]:
         """Return this process's part of `draw(step)`; the parts are disjoint, and together they are the draw."""
-        return self.draw(step)[rank::world_size].tolist()
+        return self.dealt(self.draw(step), rank, world_size).tolist()
+
+    def dealt(self, drawn: np.ndarray, rank: int, world_size: int) -> np.ndarray:
+        """Return what one process gets of a draw; blocks are dealt in turn.
+
+        All but the last of a draw are full, so a share that is cut into parts of the size of a block falls into its
+        blocks again.
+        """
+        return drawn[np.arange(len(drawn)) // self._block % world_size == rank]
 
     def done_before(self, step: int) -> None:
         """Nothing is kept for a step."""

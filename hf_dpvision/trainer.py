@@ -27,7 +27,7 @@ from .drawing import draws_of, indices_of
 from .errors import ArgumentRefused
 from .guards_arguments import refuse_arguments
 from .guards_tracking import refuse_uploading_trackers
-from .layouts import Layout, Replicated, Sharded
+from .layouts import Layout, layout_of
 from .loader import as_read, example_loader, lost_workers_explained
 from .losses import losses_of_rows_together, model_losses
 from .mechanism import Mechanism, Randomness, SystemRandomness
@@ -124,12 +124,6 @@ class DPTrainer(PublishingTrainer):
         self._units: Units | None = None
         self._rehearsal = Rehearsal(args, self._loss_of_examples)
 
-    def _make_layout(self) -> Layout:
-        args, options = self.args, self.args.build_sharding()
-        if options is None:
-            return Replicated(self._examples_at_once, args.rows_per_unit, args.device)
-        return Sharded(options, args.device, lambda: self._rehearsal.examples(1, args.device))
-
     # The run
 
     def train(
@@ -179,7 +173,9 @@ class DPTrainer(PublishingTrainer):
         self._rehearsal.check(self.model)
         if self.args.finds_batch_size:
             self.args.per_device_train_batch_size = self._rehearsal.largest_batch(self.model, dataset_size)
-        self._layout = self._make_layout()
+        self._layout = layout_of(
+            self.args, self.model, self._examples_at_once, dataset_size, partial(self._rehearsal.examples, 1)
+        )
         point = find_resume_point(resume_from_checkpoint, self.args.output_dir) if resume_from_checkpoint else None
         folder = None if point is None or point.folder is None else str(point.folder)
         started = self._run.started(self.args, dataset_size, self.model, point)
@@ -238,6 +234,7 @@ class DPTrainer(PublishingTrainer):
         plan, mark = self._run.plan, self._run.mark
         self._draws = draws_of(
             self.train_dataset, self._units, self.args, plan, self._run.next_sampling_key(),
+            self._examples_at_once if self.args.sums_exactly else 1,
             None if mark is None else mark.run_id, self._termination.obey,
         )  # fmt: skip
         self._stream = MicrobatchStream(self._example_loader, self._examples_at_once)

@@ -156,6 +156,16 @@ class DPTrainingArguments(UnitArguments, StreamArguments, TrainingArguments):
             "help": "Find the largest per_device_train_batch_size that fits, on random examples before the first step."
         },
     )
+    full_determinism: bool = field(
+        default=False,
+        metadata={
+            "help": "As in TrainingArguments; besides, sums are exact: with the same draws, noise, devices, threads "
+            "(torchrun sets OMP_NUM_THREADS=1) and per_device_train_batch_size the weights are the same bit for bit, "
+            "whatever the number of processes. Not covered: dropout and random transforms, which draw in each "
+            "process, disable_dp, and a batch that had to be halved for want of memory. Real draws and noise stay "
+            "secret and new. Sums take float64, and more time."
+        },
+    )
     max_grad_norm: float = field(default=0.0, metadata={"help": "Must stay 0: it would clip the noisy gradient."})
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Drop columns that the model's forward does not name."}
@@ -201,6 +211,11 @@ class DPTrainingArguments(UnitArguments, StreamArguments, TrainingArguments):
             return None
         classes = self.fsdp_config.get("transformer_layer_cls_to_wrap") or ()
         return Sharding(tuple(classes), bool(self.fsdp_config.get("reshard_after_forward", True)))
+
+    @property
+    def sums_exactly(self) -> bool:
+        """Whether sums do not depend on the number of processes; without a clip norm there is no grid for them."""
+        return self.full_determinism and not self.disable_dp
 
     @property
     def place_model_on_device(self) -> bool | None:

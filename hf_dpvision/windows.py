@@ -117,7 +117,7 @@ class Windows:
         """Return this process's part of the draw of `step`; goes through the stream at the start of a window."""
         if self._window is None or not self._window.has(step):
             self._window = self._filled(step)
-        rows = self._window.rows[step - self._window.first][rank::world_size]
+        rows = self._sampler.dealt(self._window.rows[step - self._window.first], rank, world_size)
         return [Place(self._window.first, int(row)) for row in rows]
 
     def done_before(self, step: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 
 # Before anything imports the Hub client, which reads it once.
@@ -24,6 +25,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> None:
-    """Random weights and inputs are the same whatever ran before."""
+def seeded() -> Iterator[None]:
+    """Random weights and inputs are the same whatever ran before, and so are the algorithms."""
     torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(False)  # a trainer with full_determinism=True switches them on for good

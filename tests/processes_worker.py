@@ -295,7 +295,11 @@ def resumable(folder: Path, model: nn.Module, **changes: Any) -> Any:
     return trainer(folder, model, **settings | {"optim": "adamw_torch", "dataloader_num_workers": 1} | changes)
 
 
-def resumed(through: Path, behind: int, folder: Path, model: nn.Module) -> torch.Tensor:
+# Three at once, so that microbatches of a batch of about eight are full and not, and their number is odd and even.
+EXACT = {"full_determinism": True, "per_device_train_batch_size": 3}
+
+
+def resumed(through: Path, behind: int, folder: Path, model: nn.Module, **changes: Any) -> torch.Tensor:
     """Take a finished run up again behind an earlier step, with the ledger of that moment; return the weights."""
     if RANK == 0:
         lines = (through / FOLDER / FILE).read_bytes().splitlines(keepends=True)
@@ -304,22 +308,26 @@ def resumed(through: Path, behind: int, folder: Path, model: nn.Module) -> torch
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     torch.manual_seed(12345)  # what another process would have
-    run = resumable(folder, model, save_strategy="no")
+    run = resumable(folder, model, save_strategy="no", **changes)
     run.train(resume_from_checkpoint=str(through / f"checkpoint-{behind}"))
     return weights(run.model)
 
 
 def job_resume(folder: Path) -> None:
-    """Each family: a run of two processes, taken up again by two, and runs of one process taken up by two."""
-    for name, build in (*MODELS.items(), ("dropout", lambda: tiny_vit(0.1))):
+    """Each family: a run of two processes, taken up again by two, and runs of one process taken up by two.
+
+    With exact sums; the one with dropout, whose masks are drawn in each process, as by default.
+    """
+    for name, build in (("dropout", lambda: tiny_vit(0.1)), *MODELS.items()):
         own = folder / name
-        run = resumable(own / "two", build())
+        changes = EXACT if name in MODELS else {}
+        run = resumable(own / "two", build(), **changes)
         run.train()
         found = {"two": weights(run.model)}
         for behind in (3, 8):
-            found[f"two-two-{behind}"] = resumed(own / "two", behind, own / f"two-two-{behind}", build())
-            if name in MODELS:
-                found[f"one-two-{behind}"] = resumed(own / "one", behind, own / f"one-two-{behind}", build())
+            for origin in ("two", "one") if name in MODELS else ("two",):
+                target = f"{origin}-two-{behind}"
+                found[target] = resumed(own / origin, behind, own / target, build(), **changes)
         torch.save(found, own / f"weights{RANK}.pt")
 
 

@@ -779,7 +779,7 @@ PROMISES = {
         "test_processes.py": [
             "test_the_survivor_of_a_process_that_dies_ends_by_itself_and_says_why",
             "test_a_process_that_dies_ends_the_launch",
-            "test_a_run_goes_on_with_another_number_of_processes_as_it_would_have",
+            "test_a_run_goes_on_with_another_number_of_processes_bit_for_bit",
         ],
     },
     "processes disagree": {

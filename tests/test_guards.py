@@ -11,7 +11,7 @@ from torch import nn
 from trainer_cases import Images, Linear, arguments, tiny_vit, trainer
 from transformers import EarlyStoppingCallback, TrainingArguments
 
-from hf_dpvision import DPTrainer, guards
+from hf_dpvision import DPTrainer, DPTrainingArguments, guards
 from hf_dpvision.batchnorm import freeze, replace_batchnorm
 from hf_dpvision.errors import ArgumentRefused, DataRefused, ModelRefused
 from hf_dpvision.guards_arguments import refuse_arguments
@@ -33,6 +33,7 @@ BEST = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "sa
         ({"torch_compile": True}, "torch_compile=True off"),
         ({"deepspeed": {"train_batch_size": 8}}, "deepspeed sharded"),
         ({"fsdp": True}, "fsdp=True one process torchrun"),
+        ({"full_determinism": True, "auto_find_batch_size": True}, "full_determinism=True finds number"),
         ({"parallelism_config": object()}, "parallelism_config sharded"),
         ({"use_liger_kernel": True}, "use_liger_kernel fused"),
         ({"neftune_noise_alpha": 1.0}, "neftune_noise_alpha=1.0"),
@@ -70,6 +71,22 @@ def test_an_incompatible_argument_is_refused_with_a_remedy(tmp_path, changes, wo
 def test_reacting_to_metrics_is_allowed_on_public_data_and_without_privacy(tmp_path, changes):
     assert refuse_arguments(arguments(tmp_path, eval_data="public", **changes)) is None
     assert refuse_arguments(arguments(tmp_path, disable_dp=True, **changes)) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "found", "words"),
+    [
+        ({"fsdp": True}, "world_size", 2, "fsdp .*order.*Leave"),
+        ({}, "device", torch.device("mps"), "float64.*use_cpu=True"),
+    ],
+)
+def test_sums_that_cannot_be_exact_are_refused_with_privacy(tmp_path, monkeypatch, changes, name, found, words):
+    monkeypatch.setattr(DPTrainingArguments, name, found)
+    args = arguments(tmp_path, full_determinism=True, **changes)
+    with pytest.raises(ArgumentRefused, match=f"full_determinism=True: .*{words}"):
+        refuse_arguments(args)
+    args.disable_dp = True
+    assert refuse_arguments(args) is None
 
 
 def test_plain_training_arguments_are_refused(tmp_path):

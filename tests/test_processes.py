@@ -11,7 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 from launching import ACCELERATE, TORCHRUN, Launched, launch, launched_once
-from processes_worker import MODELS, PLAIN_GRADIENTS, SHARDED_RUN, as_after_step, noise_run, resumable, resumed, run_of
+from processes_worker import (
+    EXACT,
+    MODELS,
+    PLAIN_GRADIENTS,
+    SHARDED_RUN,
+    as_after_step,
+    noise_run,
+    resumable,
+    resumed,
+    run_of,
+)
 from scipy import stats
 from trainer_cases import Images, tiny_vit, trainer, weights
 
@@ -252,9 +262,9 @@ def test_the_survivor_of_a_process_that_dies_ends_by_itself_and_says_why(tmp_pat
 
 
 def runs_of_one_process(folder: Path) -> None:
-    """A whole run of each family in this process."""
+    """A whole run of each family in this process, which has one thread, as each of the two has."""
     for family, build in MODELS.items():
-        run = resumable(folder / family / "one", build())
+        run = resumable(folder / family / "one", build(), **EXACT)
         run.train()
         torch.save(weights(run.model), folder / family / "one.pt")
 
@@ -280,15 +290,22 @@ def test_two_processes_resume_bit_for_bit(taken_up, family, behind):
 
 @BEHIND
 @FAMILIES
-def test_a_run_goes_on_with_another_number_of_processes_as_it_would_have(taken_up, tmp_path, family, behind):
-    # the same draws and noise; two processes add up their halves of a batch in another order than one does
+def test_a_run_goes_on_with_another_number_of_processes_bit_for_bit(taken_up, tmp_path, family, behind):
     found = torch.load(taken_up / family / "weights0.pt", weights_only=True)
     one = torch.load(taken_up / family / "one.pt", weights_only=True)
     more = found[f"one-two-{behind}"]
-    fewer = resumed(taken_up / family / "two", behind, tmp_path / "fewer", MODELS[family]())
-    again = resumed(taken_up / family / "one", behind, tmp_path / "again", MODELS[family]())
-    assert torch.equal(one, again)
-    assert (one - more).abs().max() < 1e-5 and (found["two"] - fewer).abs().max() < 1e-5
+    fewer = resumed(taken_up / family / "two", behind, tmp_path / "fewer", MODELS[family](), **EXACT)
+    again = resumed(taken_up / family / "one", behind, tmp_path / "again", MODELS[family](), **EXACT)
+    assert all(torch.equal(one, other) for other in (found["two"], more, fewer, again))
+
+
+@FAMILIES
+def test_two_processes_write_the_weights_of_one_after_every_step_bit_for_bit(taken_up, family):
+    def saved(processes: str, step: int) -> bytes:
+        return (taken_up / family / processes / f"checkpoint-{step}" / "model.safetensors").read_bytes()
+
+    one = [saved("one", step) for step in range(1, 11)]
+    assert one == [saved("two", step) for step in range(1, 11)] and len(set(one)) == 10
 
 
 def test_all_processes_end_behind_the_same_step_when_one_is_asked_to(torchrun):

@@ -92,6 +92,24 @@ def test_shares_are_disjoint_and_together_the_draw(world_size):
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
+@pytest.mark.parametrize("block", [1, 3, 4, 50])
+@pytest.mark.parametrize("world_size", [2, 3, 7])
+def test_blocks_make_the_same_microbatches_whatever_the_number_of_processes(world_size, block):
+    sampler = PoissonSampler(KEY, 100, 0.2, block)
+    for step in range(20):
+        alone = microbatches(sampler.share(step, 0, 1), block)
+        shares = [microbatches(sampler.share(step, rank, world_size), block) for rank in range(world_size)]
+        together = [part for share in shares for part in share]
+        assert sorted(together) == alone and sum(alone, []) == sampler.draw(step).tolist()
+        counts = [len(share) for share in shares]
+        assert max(counts) - min(counts) <= 1
+
+
+def test_single_examples_are_dealt_in_turn_by_default():
+    sampler = PoissonSampler(KEY, 100, 0.2)
+    assert np.array_equal(sampler.share(3, 1, 3), sampler.draw(3)[1::3])
+
+
 def test_rate_one_includes_everyone():
     assert np.array_equal(PoissonSampler(KEY, 10, 1.0).draw(0), np.arange(10))
 
