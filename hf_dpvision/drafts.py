@@ -81,8 +81,8 @@ class Draft:
         except DPVisionError:
             raise
         except Exception as error:  # torch, safetensors and the operating system each have their own for a full disk
+            processes.any_of(True, device)  # first: another process must not find its folder gone before it is told
             self.discard()
-            processes.any_of(True, device)
             raise self._failed(f"{type(error).__name__}: {error}") from error
         if processes.any_of(False, device):
             self.discard()

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import seed_worker
 
@@ -54,7 +55,10 @@ def example_loader(
         collate_fn=ReadableUnits(collate) if grouped else ReadableOnly(collate),
         num_workers=workers,
         pin_memory=args.dataloader_pin_memory,
-        persistent_workers=args.dataloader_persistent_workers,
+        # not started anew at each epoch: a fork while the last workers' threads end can hang (CPython 3.11)
+        persistent_workers=workers > 0,
+        # of the workers' seeds; the global one decides about dropout, and a resumed run starts its workers elsewhere
+        generator=torch.Generator().manual_seed(args.seed),
         prefetch_factor=args.dataloader_prefetch_factor,
         multiprocessing_context=args.dataloader_multiprocessing_context,
         timeout=args.dataloader_timeout if workers else 0,
