@@ -254,7 +254,8 @@ def prepare(
     if data_args.check_images:
         for part, rows in parts.items():
             if rows is not None and not (part == "train" and data_args.streaming):
-                check_images(rows, data.columns, part, quiet=training_args.process_index != 0)
+                quiet = training_args.process_index != 0
+                check_images(rows, data.columns, part, quiet, checked_images_folder(data_args))
     model = load_model(
         model_args.model_name_or_path,
         id2label=dict(enumerate(data.names)),
@@ -283,6 +284,11 @@ def prepare(
             "compute_metrics": compute_metrics_for(len(data.names), data_args.metric, options),
         },
     )
+
+
+def checked_images_folder(args: DataTrainingArguments) -> Path:
+    """Where it is noted which data sets have been found whole."""
+    return Path(args.cache_dir or Path.home() / ".cache" / "hf_dpvision") / "checked"
 
 
 def data_source(args: DataTrainingArguments) -> Source:

@@ -88,7 +88,18 @@ def shuffled_and_sliced(pass_length: int) -> Iterator[list[int]]:
         yield from order.reshape(-1, batch)[:pass_length].tolist()
 
 
-def test_a_row_takes_part_in_a_step_like_a_bernoulli_draw_independent_of_all_others(tmp_path):
+def test_by_index_an_example_takes_part_like_a_bernoulli_draw_independent_of_all_others():
+    found = membership(PoissonSampler(KEY, SIZE, RATE).draw(step) for step in range(STEPS))
+    assert min(pvalues(found).values()) > FALSE_POSITIVE_RATE
+
+
+def test_by_index_several_processes_together_draw_like_one():
+    sampler = PoissonSampler(KEY, SIZE, RATE)
+    found = membership(sum((sampler.share(step, rank, 3) for rank in range(3)), []) for step in range(STEPS))
+    assert min(pvalues(found).values()) > FALSE_POSITIVE_RATE
+
+
+def test_in_windows_a_row_takes_part_like_a_bernoulli_draw_independent_of_all_others(tmp_path):
     draws = windows(tmp_path, steps=125)
     found = membership(values(tmp_path, draws.share(step, 0, 1)) for step in range(STEPS))
     assert min(pvalues(found).values()) > FALSE_POSITIVE_RATE
@@ -100,7 +111,7 @@ def test_the_same_statistics_find_shuffle_and_slice():
     assert {"batch size", "steps"} <= caught
 
 
-def test_several_processes_together_draw_like_one(tmp_path):
+def test_in_windows_several_processes_together_draw_like_one(tmp_path):
     draws, other = windows(tmp_path, steps=125), windows(tmp_path, steps=125, fill=None)
 
     def members(step: int) -> list[int]:

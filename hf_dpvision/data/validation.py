@@ -6,13 +6,16 @@ then start. The list of classes counts as public; it is declared, never read off
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Value
 from tqdm.auto import tqdm
 
+from .. import __version__
 from ..errors import DataRefused
 from .columns import Columns
 from .examples import undecoded
@@ -103,15 +106,42 @@ def check_label_column(
     _refuse_first(pc.greater_equal(numbers, len(names)), numbers, column, part, outside, first)
 
 
-def check_images(dataset: Dataset, columns: Columns, part: str = "train", quiet: bool = False) -> None:
+def check_images(
+    dataset: Dataset,
+    columns: Columns,
+    part: str = "train",
+    quiet: bool = False,
+    remember: str | Path | None = None,
+) -> None:
     """Decode every image once, so that broken files are known before a run in which they would contribute nothing.
 
     Shows a progress bar for more than `LONG_PASS` images, unless `quiet`. It looks at private data, and its answer is
     not covered by any guarantee.
 
+    Args:
+        dataset, columns, part: what is looked at; the part is for the messages.
+        quiet: without the bar.
+        remember: folder in which it is noted that these rows are whole, so that they are not decoded again. Other rows
+            are other data to `datasets`; a file that breaks later, and is only named by its path, is not noticed.
+
     Raises:
         DataRefused: naming the images that cannot be read, and what is wrong with the first.
     """
+    note = None if remember is None else Path(remember) / f"whole-{_digest(dataset, columns)}"
+    if note is not None and note.exists():
+        return
+    _decode_all(dataset, columns, part, quiet)
+    if note is not None:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.touch()
+
+
+def _digest(dataset: Dataset, columns: Columns) -> str:
+    told = f"{dataset._fingerprint} {columns.image} {__version__}"  # the key under which `datasets` caches results
+    return hashlib.sha256(told.encode()).hexdigest()[:32]
+
+
+def _decode_all(dataset: Dataset, columns: Columns, part: str, quiet: bool) -> None:
     rows = undecoded(dataset.select_columns([columns.image]), columns.image)
     hidden = quiet or len(rows) <= LONG_PASS
     broken: dict[int, str] = {}

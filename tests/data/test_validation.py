@@ -100,3 +100,18 @@ def test_a_long_check_shows_its_progress(monkeypatch, capsys):
     assert "checking the images of 'train'" in capsys.readouterr().err
     check_images(_pictures(None), Columns("image", "label"), quiet=True)
     assert capsys.readouterr().err == ""
+
+
+def test_rows_found_whole_are_not_decoded_again_and_broken_ones_are(monkeypatch, tmp_path):
+    whole, broken = _pictures(None), _pictures(3)
+    check_images(whole, Columns("image", "label"), remember=tmp_path / "notes")
+    for _ in range(2):
+        with pytest.raises(DataRefused, match="example 3"):
+            check_images(broken, Columns("image", "label"), remember=tmp_path / "notes")
+    decoded = []
+    monkeypatch.setattr("hf_dpvision.data.validation.read_image", lambda value, index, part: decoded.append(index))
+    check_images(whole, Columns("image", "label"), remember=tmp_path / "notes")
+    assert not decoded
+    check_images(whole.select([1, 0, 2]), Columns("image", "label"), remember=tmp_path / "notes")
+    check_images(whole, Columns("image", "label"))
+    assert decoded == [0, 1, 2, *range(len(whole))]
