@@ -10,6 +10,7 @@ from .data.grouping import Units
 from .plan import Plan
 from .sampling import Draws, LogicalBatchIndices, PoissonSampler
 from .streamed import StreamedExamples
+from .streaming import RowSource
 from .training_args import DPTrainingArguments
 from .unit_sampling import UnitSampler
 
@@ -43,6 +44,11 @@ def draws_of(
     if isinstance(dataset, StreamedExamples):
         return dataset.draws(sampler, plan.first_draw + plan.steps, run_id, stop, args.device)
     return sampler
+
+
+def row_source_of(dataset: Any) -> RowSource:
+    """Return where the rows of a draw are read from."""
+    return dataset.row_source if isinstance(dataset, StreamedExamples) else RowSource.INDEXED
 
 
 def indices_of(draws: Draws, args: DPTrainingArguments, plan: Plan) -> LogicalBatchIndices:

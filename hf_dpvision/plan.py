@@ -14,6 +14,7 @@ from torch import nn
 
 from . import accounting
 from .errors import ArgumentRefused, BudgetExceeded
+from .streaming import RowSource
 from .training_args import DPTrainingArguments
 
 
@@ -35,6 +36,7 @@ class Plan:
         target_epsilon: what sigma was calibrated for, if it was.
         delta: of the guarantee; None without privacy.
         first_draw: number of the draw that a training from its start would use first.
+        rows: where the rows of a draw are read from; the mechanism is the same.
     """
 
     dataset_size: int
@@ -45,6 +47,7 @@ class Plan:
     target_epsilon: float | None
     delta: float | None
     first_draw: int = 0
+    rows: RowSource = RowSource.INDEXED
 
     @property
     def sample_rate(self) -> float:
@@ -159,6 +162,7 @@ def written_facts(facts: Mapping[str, Any], plan: Plan, position: int, unprotect
     return {
         **facts,
         "sample_rate": plan.sample_rate,
+        "rows": plan.rows.value,
         "noise_multiplier": plan.noise_multiplier,
         "steps": plan.steps,
         "total_steps": plan.total_steps,

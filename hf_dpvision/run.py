@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from .plan import (
     written_facts,
 )
 from .statement import NEIGHBORS, RunRecord
+from .streaming import RowSource
 from .training_args import DPTrainingArguments
 
 
@@ -77,16 +78,22 @@ class PrivacyRun:
         self._noise = randomness.noise_source(device)
         self._journal: Journal | None = None  # that of the last private call, in the process that writes it
         self.continues: str | None = None  # what a reader must know of a run that was taken up again
+        self._rows = RowSource.INDEXED
         self._calls = 0
         self._shown: dict[int, float] = {}
 
     @contextmanager
     def started(
-        self, args: DPTrainingArguments, dataset_size: int, model: nn.Module, point: ResumePoint | None = None
+        self,
+        args: DPTrainingArguments,
+        dataset_size: int,
+        model: nn.Module,
+        point: ResumePoint | None = None,
+        rows: RowSource = RowSource.INDEXED,
     ) -> Iterator[Mechanism]:
         """Plan the next call of `train()`, from `point` on, and lend its mechanism while the ledger file is open.
 
-        Without privacy there is no ledger file.
+        Without privacy there is no ledger file. `rows` says where the rows of a draw are read from.
 
         Raises:
             ArgumentRefused, BudgetExceeded: as for `make_plan`, `plan_resumed` and `refuse_changed_facts`.
@@ -95,6 +102,7 @@ class PrivacyRun:
             LedgerError: the ledger cannot be written.
         """
         self._shown.clear()
+        self._rows = rows
         if args.disable_dp:
             self.plan = self._planned(args, dataset_size, point, self.plan)
             self.without_privacy = True
@@ -141,8 +149,10 @@ class PrivacyRun:
         self, args: DPTrainingArguments, dataset_size: int, point: ResumePoint | None, before: Plan | None
     ) -> Plan:
         if point is None:
-            return make_plan(args, dataset_size, self.ledger.steps, before)
-        return plan_resumed(args, dataset_size, self.ledger.steps, before, point.step)
+            plan = make_plan(args, dataset_size, self.ledger.steps, before)
+        else:
+            plan = plan_resumed(args, dataset_size, self.ledger.steps, before, point.step)
+        return replace(plan, rows=self._rows)
 
     def _opened(self, args: DPTrainingArguments, point: ResumePoint | None) -> tuple[_Spent, Journal | None]:
         """Open the journal in the first process and tell the others what it says, or that it was refused."""
@@ -239,6 +249,7 @@ class PrivacyRun:
             clipping=args.build_clipping(),
             dataset_size=plan.dataset_size if plan else 0,
             sample_rate=plan.sample_rate if plan else 0.0,
+            rows=plan.rows if plan else RowSource.INDEXED,
             noise_multiplier=plan.noise_multiplier if plan else 0.0,
             secret_randomness=self.randomness.secret,
             rng=self._noise(0).algorithm,

@@ -18,6 +18,7 @@ from . import __version__
 from .accounting import Bounds, Ledger, claim
 from .accounting.journal import Mark
 from .clipping import Clipping
+from .streaming import RowSource
 from .training_args import DPTrainingArguments
 from .wording import Unit, not_covered, unit_in_words
 
@@ -54,6 +55,7 @@ class RunRecord:
         base_model: what was fine-tuned, or None if it has no name.
         was_unprotected: whether the weights went through a `train()` without privacy, whatever `args` say now.
         mark: where the ledger on disk stood when the weights were as they are; None if there is none.
+        rows: where those of a draw are read from, of the last call of `train()`.
     """
 
     args: DPTrainingArguments
@@ -68,6 +70,7 @@ class RunRecord:
     base_model: str | None
     was_unprotected: bool = False
     mark: Mark | None = None
+    rows: RowSource = RowSource.INDEXED
 
     @property
     def without_privacy(self) -> bool:
@@ -120,6 +123,7 @@ def make_statement(run: RunRecord, model: nn.Module) -> dict[str, Any]:
         "adversary": "all-intermediate-iterates-released",
         "sampling": {
             "scheme": "poisson",
+            "rows": run.rows.value,
             "rate": run.sample_rate,
             "expected_batch_size": args.logical_batch_size,
             "dataset_size": run.dataset_size,

@@ -23,7 +23,7 @@ from .data.validation import check_label_column
 from .errors import DataRefused
 from .plan import planned_epochs
 from .sampling import Draws, PoissonSampler
-from .streaming import Cost, Streaming, Way, chosen
+from .streaming import Cost, RowSource, Streaming, Way, chosen
 from .training_args import DPTrainingArguments
 from .windows import Place, Windows, folder_of
 
@@ -65,6 +65,11 @@ class StreamedExamples(Streamed):
             rows = shards.open_rows(folder_of(self.way.folder, index.window))
             self._window = (index.window, self.stream.examples(rows))
         return self._window[1][index.row]
+
+    @property
+    def row_source(self) -> RowSource:
+        """Where the rows of a draw are read from, once that has been decided."""
+        return RowSource.MATERIALISED if self.way.way is Way.MATERIALISE else RowSource.WINDOWS
 
     def prepare(self, args: DPTrainingArguments, num_labels: int | None) -> None:
         """Look at the first rows, decide how the stream is sampled, and keep all rows if that is the way.

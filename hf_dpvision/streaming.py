@@ -26,6 +26,14 @@ class Way(Enum):
     WINDOWS = "windows"
 
 
+class RowSource(Enum):
+    """Where the rows of a draw are read from; Poisson sampling at the same epsilon in every case."""
+
+    INDEXED = "indexed"
+    MATERIALISED = "materialised"
+    WINDOWS = "windows"
+
+
 @dataclass(frozen=True)
 class Streaming:
     """What the arguments say about a stream.

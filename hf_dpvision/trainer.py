@@ -23,7 +23,7 @@ from .data.labels import refuse_labels
 from .data.streams import as_stream
 from .data.units import WEIGHTS
 from .drafts import discard_drafts
-from .drawing import draws_of, indices_of
+from .drawing import draws_of, indices_of, row_source_of
 from .errors import ArgumentRefused
 from .guards_arguments import refuse_arguments
 from .guards_tracking import refuse_uploading_trackers
@@ -178,7 +178,9 @@ class DPTrainer(PublishingTrainer):
         )
         point = find_resume_point(resume_from_checkpoint, self.args.output_dir) if resume_from_checkpoint else None
         folder = None if point is None or point.folder is None else str(point.folder)
-        started = self._run.started(self.args, dataset_size, self.model, point)
+        started = self._run.started(
+            self.args, dataset_size, self.model, point, row_source_of(self.train_dataset)
+        )
         with started as self._mechanism, self._termination.watching(), lost_workers_explained():
             if self.args.should_save:
                 discard_drafts(self.args.output_dir)

@@ -121,6 +121,11 @@ _NOT_COVERED_AFTER = (
     "What can be learned about a person from such images in general, whether or not theirs was used.",
     "Attacks on the rounding of floating-point noise, and on the time that training took.",
 )
+_ROWS = {
+    "indexed": "",
+    "materialised": "; the rows are those of a stream that was kept as a whole",
+    "windows": "; the rows are those of a stream that was gone through once for some steps at a time",
+}
 _LARGEST_EXPONENT = 700.0  # e^epsilon beyond it is no number
 
 
@@ -180,7 +185,8 @@ def rows(statement: Mapping[str, Any]) -> list[tuple[str, str]]:
         (f"training {unit.member}s N", str(sampling["dataset_size"])),
         (
             "sampling",
-            f"{sampling['scheme']}, every {unit.member} with probability q = {sampling['rate']:.6g} per step",
+            f"{sampling['scheme']}, every {unit.member} with probability q = {sampling['rate']:.6g} per step"
+            + _ROWS[sampling.get("rows", "indexed")],
         ),
         ("expected batch size qN", str(sampling["expected_batch_size"])),
         ("steps T", _steps(statement)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -18,6 +19,10 @@ from transformers import TrainerCallback
 from hf_dpvision.accounting.journal import read_journal
 from hf_dpvision.data import Columns, ImageStream, shards
 from hf_dpvision.errors import ArgumentRefused, DataRefused
+from hf_dpvision.mechanism import SystemRandomness
+from hf_dpvision.model_card import write_model_card
+from hf_dpvision.statement import write_statement
+from hf_dpvision.verify import verify_folder
 from hf_dpvision.windows import folder_of
 
 
@@ -202,6 +207,25 @@ def test_a_label_outside_the_classes_is_named_by_its_row_before_anything_is_char
             run_on(tmp_path / way, images, stream_sampling=way).train()
         history = read_journal(tmp_path / way)
         assert history is None or history.ledger.steps == 0
+
+
+@pytest.mark.parametrize(("way", "said"), [("materialise", "materialised"), ("windows", "windows")])
+def test_statement_and_ledger_say_how_the_stream_was_read_and_verify_compares_them(tmp_path, way, said):
+    run = run_on(tmp_path / "run", stream(), stream_sampling=way, randomness=SystemRandomness())
+    run.train()
+    released = tmp_path / "released"
+    (released / "privacy").mkdir(parents=True)
+    shutil.copy(tmp_path / "run" / "privacy" / "ledger.jsonl", released / "privacy")
+    statement = run.privacy_statement()
+    assert statement["sampling"]["rows"] == said
+    write_statement(released, statement)
+    write_model_card(released, statement, model_name="streamed")
+    assert not verify_folder(released, ("prv",)).findings
+    statement["sampling"]["rows"] = "indexed"
+    write_statement(released, statement)
+    write_model_card(released, statement, model_name="streamed")
+    (finding,) = verify_folder(released, ("prv",)).findings
+    assert finding.field == "sampling.rows"
 
 
 @pytest.mark.parametrize("name", ["train_dataset_size", "stream_window_steps"])

@@ -123,6 +123,9 @@ def _ledger(folder: Path, statement: Mapping[str, Any]) -> list[Finding]:
     charged = history.steps_before[mark.records - 1]
     if charged != statement["steps"]:
         return [difference(STATEMENT_FILE, "steps", statement["steps"], charged, f"charged in {where} up to ledger")]
+    rows, named = statement["sampling"].get("rows", "indexed"), [f.get("rows", "indexed") for f in history.calls]
+    if rows not in named:
+        return [difference(STATEMENT_FILE, "sampling.rows", rows, named[-1], f"rows in {where}")]
     return [
         difference(STATEMENT_FILE, field, stated, facts.get(name), f"{name} in {where}")
         for facts in history.calls
