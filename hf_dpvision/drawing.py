@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from . import processes
@@ -44,6 +45,13 @@ def draws_of(
     if isinstance(dataset, StreamedExamples):
         return dataset.draws(sampler, plan.first_draw + plan.steps, run_id, stop, args.device)
     return sampler
+
+
+@contextmanager
+def prepared(dataset: Any, args: DPTrainingArguments, num_labels: int | None) -> Iterator[None]:
+    """Around training: a stream is made ready and cleaned up; see `StreamedExamples.prepared` for what is refused."""
+    with dataset.prepared(args, num_labels) if isinstance(dataset, StreamedExamples) else nullcontext():
+        yield
 
 
 def row_source_of(dataset: Any) -> RowSource:

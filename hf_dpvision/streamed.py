@@ -6,7 +6,8 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ import torch
 from tqdm.auto import tqdm
 
 from . import processes
+from .accounting.lock import FolderLock
 from .data import shards
 from .data.examples import Streamed
 from .data.streams import Head, Stream, read_head
 from .data.validation import check_label_column
-from .errors import DataRefused
+from .errors import DataRefused, LedgerRefused
 from .plan import planned_epochs
 from .sampling import Draws, PoissonSampler
 from .streaming import Cost, RowSource, Streaming, Way, chosen
@@ -37,7 +39,7 @@ logger = logging.getLogger(__name__)
 class StreamedExamples(Streamed):
     """Examples of a stream, by their place in it, or by `Place` in a window of it.
 
-    Until `prepare` has been called, and in windows always, a plain index is that of one of the first rows.
+    Inside `prepared` a plain index is that of a row that was kept or, in windows, of one of the first rows.
 
     Args:
         stream: what was given.
@@ -52,6 +54,8 @@ class StreamedExamples(Streamed):
         self._size = asked.size or _told_size(stream)
         self._rows: Any = None  # what a plain index is looked up in
         self._window: tuple[int, Any] = (-1, None)
+        self._num_labels: int | None = None
+        self._quiet = True
 
     def __len__(self) -> int:
         if self._size is None:
@@ -71,16 +75,20 @@ class StreamedExamples(Streamed):
         """Where the rows of a draw are read from, once that has been decided."""
         return RowSource.MATERIALISED if self.way.way is Way.MATERIALISE else RowSource.WINDOWS
 
-    def prepare(self, args: DPTrainingArguments, num_labels: int | None) -> None:
-        """Look at the first rows, decide how the stream is sampled, and keep all rows if that is the way.
+    @contextmanager
+    def prepared(self, args: DPTrainingArguments, num_labels: int | None) -> Iterator[None]:
+        """Around training: look at the first rows, decide how the stream is sampled, and keep all rows if so decided.
+
+        The folder is locked meanwhile. Behind a training that came to its end, what was kept is deleted, unless it is
+        to stay; one that was ended finds it when it is resumed.
 
         Args:
             args: of the trainer.
             num_labels: how many classes there are; None if labels are not classes.
 
         Raises:
-            DataRefused: the stream is empty, a label is wrong, the disk does not suffice, or the number of rows is not
-                known or not what was declared.
+            DataRefused: the stream is empty, a label is wrong, the disk does not suffice, the number of rows is not
+                known or not what was declared, or the folder is in use or has the rows of another stream.
             LoadingError: the stream cannot be read, or its rows not be written.
         """
         if args.privacy_unit_column is not None or args.id_column is not None:
@@ -89,13 +97,22 @@ class StreamedExamples(Streamed):
                 "a stream, in which the rows of one unit may lie anywhere, so that units cannot be drawn. Write it to "
                 "the disk once, and pass that as a datasets.Dataset."
             )
+        first_process = args.process_index == 0
         self._num_labels, self._quiet = num_labels, args.disable_tqdm
         self._head = read_head(self.stream)
         self._rows = self.stream.examples(self._head.rows)
         self._watch(self._head.rows.with_format("arrow")[:], 0)
         self.way = self._decided(args)
-        if self.way.way is Way.MATERIALISE:
-            self._materialise(args.process_index == 0)
+        lock = _locked(self.way.folder) if first_process else None
+        try:
+            if self.way.way is Way.MATERIALISE:
+                self._materialise(first_process)
+            yield
+            if first_process:
+                self._clean_up()
+        finally:
+            if lock is not None:
+                lock.release()
 
     def draws(
         self, sampler: PoissonSampler, end: int, run_id: str | None, stop: Callable[[], None], device: torch.device
@@ -120,14 +137,11 @@ class StreamedExamples(Streamed):
         fills = fill if processes.is_first() else None
         return Windows(self.way.folder, sampler, self.way.window_steps, end, identity, fills)
 
-    def clean_up(self) -> None:
-        """After a training that came to its end: delete what was kept of the stream, unless it was to stay."""
-        if self.way is not None and processes.is_first() and self.way.folder.is_dir():
-            for folder in self.way.folder.glob("window-*"):
-                shards.remove(folder)
-            if not self.way.stays:
-                shards.remove(self.way.folder / _KEPT)
-                self.way.folder.rmdir()
+    def _clean_up(self) -> None:
+        for folder in self.way.folder.glob("window-*"):
+            shards.remove(folder)
+        if not self.way.stays:
+            shards.remove(self.way.folder)
 
     def _decided(self, args: DPTrainingArguments) -> Streaming:
         """The first process decides, for all."""
@@ -156,6 +170,7 @@ class StreamedExamples(Streamed):
         folder = self.way.folder / _KEPT
         identity = {"kind": "materialised", "features": str(self._head.features)}
         if first_process:
+            self._refuse_another_stream(shards.Progress.read(folder), identity)
             self._keep(folder, shards.Everyone(), identity, "keeping the stream", lambda: None)
         while (told := shards.Progress.read(folder)) is None or not told.complete:
             time.sleep(_POLL_SECONDS)
@@ -163,11 +178,18 @@ class StreamedExamples(Streamed):
         rows = shards.open_rows(folder)
         first = rows.select(range(min(len(rows), len(self._head.rows))))
         if not first.data.table.equals(self._head.rows.data.table):
-            raise DataRefused(
-                f"{self.way.folder.name!r} has the rows of another stream, or this one has no fixed order: its first "
-                "rows differ. Choose another stream_dir, or delete that one."
-            )
+            raise self._another_stream("its first rows differ, or it has no fixed order")
         self._rows = self.stream.examples(rows)
+
+    def _refuse_another_stream(self, told: shards.Progress | None, identity: Mapping[str, Any]) -> None:
+        if self.way.stays and told is not None and dict(told.identity) != dict(identity):
+            raise self._another_stream(f"its columns are not {identity['features']}")
+
+    def _another_stream(self, why: str) -> DataRefused:
+        return DataRefused(
+            f"{self.way.folder.name!r} has the rows of another stream than {self.stream.part!r}: {why}. Choose "
+            "another stream_dir, or delete that one."
+        )
 
     def _keep(
         self,
@@ -195,6 +217,15 @@ class StreamedExamples(Streamed):
         if self.stream.label is not None and self._num_labels is not None:
             names = [str(label) for label in range(self._num_labels)]
             check_label_column(table.column(self.stream.label), self.stream.label, names, self.stream.part, first)
+
+
+def _locked(folder: Path) -> FolderLock:
+    try:
+        return FolderLock(folder / "lock")
+    except LedgerRefused as error:
+        raise DataRefused(
+            f"the folder {folder.name!r}, where rows of the stream are kept, is in use by another training ({error})"
+        ) from error
 
 
 def _told_size(stream: Stream) -> int | None:

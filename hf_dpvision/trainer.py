@@ -23,7 +23,7 @@ from .data.labels import refuse_labels
 from .data.streams import as_stream
 from .data.units import WEIGHTS
 from .drafts import discard_drafts
-from .drawing import draws_of, indices_of, row_source_of
+from .drawing import draws_of, indices_of, prepared, row_source_of
 from .errors import ArgumentRefused
 from .guards_arguments import refuse_arguments
 from .guards_tracking import refuse_uploading_trackers
@@ -158,8 +158,10 @@ class DPTrainer(PublishingTrainer):
         guards.refuse_resuming_shards(self.model, resume_from_checkpoint)
         if not is_sharded(self.model):  # by an earlier call
             guards.refuse_model(self.model)
-        if isinstance(self.train_dataset, StreamedExamples):
-            self.train_dataset.prepare(self.args, self._classes)
+        with prepared(self.train_dataset, self.args, self._classes):
+            return self._train(resume_from_checkpoint, ignore_keys_for_eval)
+
+    def _train(self, resume_from_checkpoint: str | bool | None, ignore_keys_for_eval: list[str] | None) -> TrainOutput:
         self._units = guards.group_units(self.train_dataset, self.args)
         dataset_size = guards.refuse_dataset(self.train_dataset, self.args, self._units)
         guards.refuse_evaluation_on_training_data(self.eval_dataset, self.train_dataset, self.args)
@@ -185,12 +187,9 @@ class DPTrainer(PublishingTrainer):
             if self.args.should_save:
                 discard_drafts(self.args.output_dir)
             try:
-                output = super().train(folder, ignore_keys_for_eval=ignore_keys_for_eval)
+                return super().train(folder, ignore_keys_for_eval=ignore_keys_for_eval)
             finally:
                 self._stream = None  # ends the workers
-        if isinstance(self.train_dataset, StreamedExamples):
-            self.train_dataset.clean_up()
-        return output
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> None:
         """Refuse: every trial looks at the private data, and the best one is chosen by it.

@@ -108,7 +108,7 @@ def test_a_resumed_run_reads_its_window_from_the_disk(tmp_path):
     settings = {"stream_sampling": "windows", "save_strategy": "steps", "save_steps": 1}
     with pytest.raises(KeyboardInterrupt):
         run_on(tmp_path, stream(), **settings, callbacks=[StopAfter(5)]).train()
-    left = [path.name for path in (tmp_path / "stream").iterdir()]
+    left = [path.name for path in (tmp_path / "stream").glob("window-*")]
     assert left == [folder_of(tmp_path, 4).name]
     before = (tmp_path / "stream" / left[0] / "progress.json").stat()
 
@@ -117,7 +117,7 @@ def test_a_resumed_run_reads_its_window_from_the_disk(tmp_path):
 
         def on_step_begin(self, args, state, control, **kwargs):
             if self.seen is None:
-                self.seen = [p.name for p in (tmp_path / "stream").iterdir()]
+                self.seen = [p.name for p in (tmp_path / "stream").glob("window-*")]
 
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 5:
@@ -251,3 +251,30 @@ def test_a_plain_data_set_of_the_same_rows_gives_the_same(tmp_path, by_index):
 def test_units_of_a_stream_are_refused(tmp_path, name):
     with pytest.raises(DataRefused, match=f"{name}='labels'.*a stream, in which the rows of one unit"):
         run_on(tmp_path, stream(), **{name: "labels"}).train()
+
+
+def test_a_folder_that_another_training_uses_is_refused(tmp_path):
+    named = {"stream_dir": str(tmp_path / "kept")}
+
+    class Second(TrainerCallback):
+        refused = None
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if self.refused is None:
+                with pytest.raises(DataRefused, match="in use by another training") as refusal:
+                    run_on(tmp_path / "b", stream(), **named).train()
+                self.refused = refusal
+
+    second = Second()
+    run_on(tmp_path / "a", stream(), callbacks=[second], **named).train()
+    assert second.refused is not None
+    run_on(tmp_path / "b", stream(), **named).train()  # and free again
+
+
+def test_rows_of_other_columns_in_the_named_folder_are_refused_and_stay(tmp_path):
+    named = {"stream_dir": str(tmp_path / "kept"), "stream_sampling": "materialise"}
+    trained(tmp_path / "a", stream(), **named)
+    other = stream().rename_column("labels", "label")
+    with pytest.raises(DataRefused, match="rows of another stream.*columns"):
+        run_on(tmp_path / "b", other, **named).train()
+    assert shards.Progress.read(tmp_path / "kept" / "rows").complete
