@@ -23,7 +23,6 @@ import os
 import signal
 import tempfile
 import threading
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -132,7 +131,7 @@ def live(setting: Setting, way: str, folder: Path, dying: Dying, found: Path) ->
     """One life: begin the run or take it up again, train to its end unless killed, and save the model."""
     torch.set_num_threads(1)
     logging.set_verbosity_error()
-    began, before, peak = time.monotonic(), anonymous_bytes(), PeakMemory()
+    before, peak = anonymous_bytes(), PeakMemory()
     peak.start()
     args = DPTrainingArguments(
         str(folder), noise_multiplier=SIGMA, target_delta=DELTA, logical_batch_size=setting.batch,
@@ -149,7 +148,7 @@ def live(setting: Setting, way: str, folder: Path, dying: Dying, found: Path) ->
     write_model_card(released, trainer.privacy_statement(), model_name=released.name)
     peak.ended.set()
     peak.join()
-    said = {"seconds": time.monotonic() - began, "before": before, "peak": peak.bytes, "passes": dying.passes - 1}
+    said = {"before": before, "peak": peak.bytes, "passes": dying.passes - 1}
     found.write_text(json.dumps(said))
 
 
@@ -243,7 +242,6 @@ def report(setting: Setting, files: int, data: int, results: dict[str, dict]) ->
         "its peak memory, files not counted": lambda r: megabytes(r["peak"]),
         "most of the stream on the disk": lambda r: megabytes(r["disk"]),
         "epsilon claimed": lambda r: f"{r['epsilon']:.4f}",
-        "time of the second process": lambda r: f"{r['seconds']:.0f} s",
     }
     lines = [f"| {name} | {' | '.join(value(results[way]) for way in WAYS)} |" for name, value in rows.items()]
     software = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "datasets"))
