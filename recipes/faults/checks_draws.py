@@ -88,10 +88,3 @@ def over_ranks(lab: Lab) -> Finding:
         shares = [list(draws.share(step, rank, RANKS)) for rank in range(RANKS)]
         wrong += sorted(sum(shares, [])) != sorted(draws.share(step, 0, 1))
     return equal(wrong, 0, "steps whose shares are not the draw")
-
-
-def trained_on(lab: Lab) -> Finding:
-    """The examples that are loaded for a step are those of its draw, once each."""
-    seen, planned = lab.plain_with_plan
-    wrong = sum(sorted(rows) != sorted(plan) for rows, plan in zip(seen.read, planned, strict=True))
-    return equal(wrong, 0, "steps that read other examples than were drawn")

@@ -26,7 +26,8 @@ def scale(lab: Lab) -> Finding:
         parts = [part.square() for part in seen.by_parameter(noise).values()]
         values = [float(variance_p(part.sum().numpy(), part.numel())) for part in parts]
         found.append(min(1.0, min(values) * len(values)))
-    return by_p(found)
+    total, count = sum(float(noise.square().sum()) for noise in lab.noise), sum(noise.numel() for noise in lab.noise)
+    return by_p([*found, float(variance_p(total, count))])
 
 
 def shape(lab: Lab) -> Finding:

@@ -205,6 +205,6 @@ FAULTS = (
           dividing_trainer(from_readable), "OP #571, #819"),
     Fault("loss-batch-mean", "the loss is a mean over the batch", "microbatches", with_losses(batch_mean)),
     Fault("loss-shared", "the loss of an example has a part of all others", "sum-ghost", with_losses(centred)),
-    Fault("batch-statistics", "a BatchNorm in training mode is accepted", "sensitivity", batch_statistics,
-          "OP: frozen or subclassed BatchNorm"),
+    Fault("batch-statistics", "a BatchNorm without parameters is accepted in training mode", "sensitivity", batch_statistics,
+          "OP: BatchNorm that is frozen, subclassed or without parameters"),
 )  # fmt: skip

@@ -96,10 +96,10 @@ class Sticky(Sampler):
 
 
 class Echoing(Sampler):
-    """A tenth of the examples are drawn as they were three steps before."""
+    """A tenth of the examples toss coins at three steps and have them count again at the next three."""
 
     def draw(self, step: int) -> np.ndarray:
-        drawn, before = super().draw(step), super().draw(max(0, step - 3))
+        drawn, before = super().draw(step), super().draw(step - 3 * (step % 6 > 2))
         return np.union1d(drawn[drawn % 10 > 0], before[before % 10 == 0])
 
 
@@ -178,7 +178,7 @@ FAULTS = (
     Fault("draw-reseeded", "the generator starts anew with every epoch", "draws-no-repeats", sampler(Reseeded)),
     Fault("draw-padded", "batches are filled up with duplicates", "draws-no-repeats", sampler(Padded)),
     Fault("draw-sticky", "the draw changes at every second step only", "draws-across-steps", sampler(Sticky)),
-    Fault("draw-echo", "a tenth of the examples follow their coins of three steps before", "draws-across-steps",
+    Fault("draw-echo", "the coins of a tenth of the examples count twice, three steps apart", "draws-across-steps",
           sampler(Echoing)),
     Fault("draw-paired", "neighbours in the data share their coin", "draws-across-examples", sampler(Paired)),
     Fault("draw-public-key", "draws follow from a published seed", "draws-key", sampler(PublicKey)),
@@ -186,5 +186,5 @@ FAULTS = (
           sampler(SameOnRanks), "OP: one seed on all ranks"),
     Fault("draw-replayed", "a resumed run repeats the draws of the first", "draws-after-resume",
           replayed_after_resume),
-    Fault("draw-last-dropped", "an incomplete last microbatch is not trained on", "draws-trained-on", dropping_last),
+    Fault("draw-last-dropped", "an incomplete last microbatch is not trained on", "sum-over-draw", dropping_last),
 )  # fmt: skip

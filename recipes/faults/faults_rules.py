@@ -94,13 +94,11 @@ class LastUse:
     """Of several uses of one tensor only the last one's activation was kept: the others deliver nothing."""
 
     def __init__(self) -> None:
-        self._met: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
+        self._last: WeakKeyDictionary[Any, dict[frozenset[str], Slot]] = WeakKeyDictionary()
 
     def __call__(self, slot: Slot, gradient: PerExampleGradient) -> PerExampleGradient:
-        met = self._met.setdefault(slot.uses, set())
-        seen, name = bool(slot.theta.sources & met), slot.theta.sources
-        met |= name
-        return dropped(slot, gradient) if seen else gradient
+        last = self._last.setdefault(slot.uses, {}).setdefault(slot.theta.sources, slot)  # backwards, it comes first
+        return gradient if slot is last else dropped(slot, gradient)
 
 
 def norm_overwritten(parts: Parts) -> Parts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,18 +24,28 @@ from .runs import Seen, StopHere, run
 
 
 NOISELESS = 1e-7  # a noise multiplier whose noise is far below the tolerances
-SUMS = {"noise_multiplier": NOISELESS, "per_device_train_batch_size": 5}
+BOUND, SUM_STEPS = 1.0, 10  # C lies among the norms of the examples
+SUMS = {"noise_multiplier": NOISELESS, "per_device_train_batch_size": 5, "per_sample_max_grad_norm": BOUND}
 WAYS = {"ghost": {"norm_rule": "ghost", "backward_passes": 1}, "instantiate": {"norm_rule": "instantiate",
         "backward_passes": 2}}  # fmt: skip
 # sigma, C, expected batch, examples, steps of the runs that release nothing but noise
-PLAIN = {"noise_multiplier": 1.3, "per_sample_max_grad_norm": 0.7, "logical_batch_size": 12, "max_steps": 30,
+PLAIN = {"noise_multiplier": 1.3, "per_sample_max_grad_norm": 0.7, "logical_batch_size": 12, "max_steps": 28,
          "per_device_train_batch_size": 4}  # fmt: skip
-SPARSE = {"noise_multiplier": 0.8, "per_sample_max_grad_norm": 2.5, "logical_batch_size": 1, "max_steps": 60,
+SPARSE = {"noise_multiplier": 0.8, "per_sample_max_grad_norm": 2.5, "logical_batch_size": 1, "max_steps": 40,
           "per_device_train_batch_size": 4, "clipping": "automatic"}  # fmt: skip
 PLAIN_SIZE, SPARSE_SIZE = 64, 10
 DRAWN_SIZE, DRAWN_BATCH, DRAWS = 100, 20, 2000
 RESUMED_STEPS, CRASH_AT, SAVED_AT = 9, 5, 3
 VICTIMS, RANKS, RANK_STEPS = 8, 2, 40
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A run of several steps with hardly any noise, what single examples contribute, and who was drawn."""
+
+    seen: Seen
+    oracle: Oracle
+    planned: list[list[int]]
 
 
 class _OneProcess:
@@ -78,22 +89,6 @@ class Lab:
         return self._run("sparse", Pictures(SPARSE_SIZE), model=Wide(), without_gradients=True, **SPARSE)
 
     @cached_property
-    def plain_with_plan(self) -> tuple[Seen, list[list[int]]]:
-        """A run of two epochs, and what its own loader said beforehand who takes part in which step."""
-        planned: list[list[int]] = []
-
-        def note(loader: Any) -> None:
-            for epoch in range(2):
-                loader.set_epoch(epoch)
-                planned.extend(list(batch) for batch in loader)
-            loader.set_epoch(0)
-
-        settings = {**PLAIN, "max_steps": 12}  # six to an epoch
-        seen = self._run("planned", Pictures(PLAIN_SIZE), model=Wide(), without_gradients=True, at_begin=note,
-                         **settings)  # fmt: skip
-        return seen, planned
-
-    @cached_property
     def noise(self) -> list[Tensor]:
         """What both released, in units of the standard deviation that is claimed, `[steps, coordinates]`."""
         runs = ((self.plain, PLAIN), (self.sparse, SPARSE))
@@ -102,33 +97,44 @@ class Lab:
     # Nothing but sums
 
     @cached_property
-    def sums(self) -> dict[str, tuple[Seen, Oracle]]:
-        """By way of taking norms: a run of several steps with hardly any noise, and what it should have summed."""
-        found = {}
-        for way, options in WAYS.items():
-            dataset = Pictures(24, spread=1.0)
-            settings = {"logical_batch_size": 10, "per_sample_max_grad_norm": 0.7, "max_steps": 12, **SUMS, **options}
-            seen = self._run(way, dataset, **settings)
-            found[way] = seen, Oracle(seen.trainer.model, dataset, 0.7)
-        return found
+    def ghost(self) -> Sum:
+        """Norms by Gram matrices, one pass."""
+        return self._sum("ghost")
+
+    @cached_property
+    def instantiated(self) -> Sum:
+        """Norms by instantiated gradients, two passes."""
+        return self._sum("instantiate")
+
+    def _sum(self, way: str) -> Sum:
+        dataset, planned = Pictures(24, spread=1.0), []
+
+        def plan(loader: Any) -> None:
+            for epoch in range(-(-SUM_STEPS // len(loader))):
+                loader.set_epoch(epoch)
+                planned.extend(list(batch) for batch in loader)
+            loader.set_epoch(0)
+
+        seen = self._run(way, dataset, at_begin=plan, logical_batch_size=10, max_steps=SUM_STEPS, **SUMS, **WAYS[way])
+        return Sum(seen, Oracle(seen.trainer.model, dataset, BOUND), planned[:SUM_STEPS])
 
     def once(self, name: str, dataset: Pictures, **settings: Any) -> Tensor:
         """One step over all of a data set without noise: its sum as a vector, float64."""
-        defaults = {"logical_batch_size": len(dataset), "per_sample_max_grad_norm": 0.7, "max_steps": 1, **SUMS}
+        defaults = {"logical_batch_size": len(dataset), "max_steps": 1, **SUMS}
         return self._run(name, dataset, **defaults | settings).matrix[0]
 
     @cached_property
     def moved(self) -> list[float]:
-        """How far the sum moves, in units of C, when one record is zeroed out; one entry per record and way."""
+        """How far the sum moves, in units of C, when one record is zeroed out; norms are taken in turns."""
         found = []
-        for way, options in WAYS.items():
+        for turn, (way, options) in enumerate(WAYS.items()):
             whole = self.once(f"{way}-whole", Pictures(VICTIMS, spread=1.0, twins=True), **options)
-            for victim in range(VICTIMS):
+            for victim in range(turn, VICTIMS, len(WAYS)):
                 # the trainer looks at row 0 beforehand, which may then not be broken: its twin goes instead
                 missing = frozenset({victim or VICTIMS - 1})
                 rest = Pictures(VICTIMS, spread=1.0, twins=True, missing=missing)
                 moved = whole - self.once(f"{way}-without-{victim}", rest, **options)
-                found.append(float(moved.norm()) / 0.7)
+                found.append(float(moved.norm()) / BOUND)
         return found
 
     # Draws

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from hf_dpvision import DPTrainer
-from hf_dpvision.accounting.journal import read_journal
+from hf_dpvision.accounting.journal import FILE, FOLDER, read_journal
 from hf_dpvision.errors import BudgetExceeded, DPVisionError
 from hf_dpvision.mechanism import Randomness
 from hf_dpvision.noise import NoiseSource
@@ -202,8 +202,7 @@ def run(
         return parts.losses(logits, labels) * (0.0 if without_gradients else 1.0)
 
     def note() -> None:
-        history = read_journal(folder)
-        seen.charged_at_draws.append(0 if history is None else history.ledger.steps)
+        seen.charged_at_draws.append((folder / FOLDER / FILE).read_bytes().count(b'"kind": "step"'))
 
     watcher = Watcher(dataset, stop_at, at_begin)
     with parts.in_place():
