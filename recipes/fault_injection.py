@@ -1,6 +1,6 @@
 """Break the mechanism on purpose, in every way we know of, and see whether the checks notice.
 
-    python recipes/fault_injection.py            # every fault, every check, 60 clean repeats; writes fault_injection.md
+    python recipes/fault_injection.py    # every fault, every check, 60 clean repeats; writes fault_injection.md
     python recipes/fault_injection.py --short --report /dev/stdout
     python recipes/fault_injection.py --only noise-98 clip-off --repeats 0 --report /dev/stdout
 

@@ -43,6 +43,7 @@ _STATISTICAL = {
     "noise-scale": checks_noise.scale,
     "noise-shape": checks_noise.shape,
     "noise-resolution": checks_noise.resolution,
+    "noise-complete": checks_noise.complete,
     "noise-across-steps": checks_noise.across_steps,
     "noise-across-coordinates": checks_noise.across_coordinates,
     "noise-across-runs": checks_noise.across_runs,
@@ -58,7 +59,6 @@ _STATISTICAL = {
     "draws-after-resume": checks_draws.after_resume,
 }
 _DETERMINISTIC = {
-    "noise-complete": checks_noise.complete,
     "sum-ghost": checks_sums.ghost,
     "sum-instantiated": checks_sums.instantiated,
     "sum-every-parameter": checks_sums.every_parameter,

@@ -21,7 +21,7 @@ def steps(lab: Lab) -> Finding:
 
 
 def charged_first(lab: Lab) -> Finding:
-    """At every draw of noise, the step it is for is in the ledger on disk already; and no noise comes twice."""
+    """The step is in the ledger on disk before its noise is drawn, once for each parameter."""
     early = drawn_for_nothing = 0
     for seen in (lab.plain, lab.sparse):
         starts = [0, *seen.draws_at_releases[:-1]]
@@ -35,7 +35,9 @@ def rates(lab: Lab) -> Finding:
     """Sample rate and noise multiplier in the ledger are those of the run."""
     expected = [{(s["logical_batch_size"] / size, s["noise_multiplier"])}
                 for s, size in ((PLAIN, PLAIN_SIZE), (SPARSE, SPARSE_SIZE))]  # fmt: skip
-    return equal([lab.plain.rates, lab.sparse.rates], expected, "(q, sigma) in the ledger")
+    found = [lab.plain.rates, lab.sparse.rates]
+    told = "; ".join(", ".join(f"q = {q:.4g} and sigma = {sigma:.4g}" for q, sigma in rates) for rates in found)
+    return Finding(found != expected, f"ledger says {told}")
 
 
 def budget(lab: Lab) -> Finding:

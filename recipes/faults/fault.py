@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from .parts import Parts
 
 
-
 @dataclass(frozen=True)
 class Fault:
     """One deliberate fault.

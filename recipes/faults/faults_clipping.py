@@ -19,7 +19,8 @@ from hf_dpvision.sampling import LogicalBatch
 
 from .altering import Wrapped
 from .fault import Fault
-from .faults_noise import layout, mechanism
+from .faults_layouts import layout
+from .faults_noise import mechanism
 from .models import WithBatchStatistics
 from .parts import Parts, example_losses
 
@@ -205,6 +206,6 @@ FAULTS = (
           dividing_trainer(from_readable), "OP #571, #819"),
     Fault("loss-batch-mean", "the loss is a mean over the batch", "microbatches", with_losses(batch_mean)),
     Fault("loss-shared", "the loss of an example has a part of all others", "sum-ghost", with_losses(centred)),
-    Fault("batch-statistics", "a BatchNorm without parameters is accepted in training mode", "sensitivity", batch_statistics,
-          "OP: BatchNorm that is frozen, subclassed or without parameters"),
+    Fault("batch-statistics", "a BatchNorm without parameters is accepted in training mode", "sensitivity",
+          batch_statistics, "OP: BatchNorm that is frozen, subclassed or without parameters"),
 )  # fmt: skip

@@ -9,10 +9,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_dpvision import DPTrainer
-from hf_dpvision.layouts import Replicated
 from hf_dpvision.mechanism import SystemRandomness
 from hf_dpvision.noise import NoiseSource, add_noise
 from hf_dpvision.sampling import LogicalBatch
@@ -164,54 +163,6 @@ class SkippingEmpty(DPTrainer):
         return result
 
 
-class NoiseOnMean(Replicated):
-    """Noise of the size for a sum comes after the division."""
-
-    def noisy_total(self, sums: dict[str, Tensor], add_noise: Callable[..., Any]) -> dict[str, Tensor]:
-        self._add_noise = add_noise
-        return sums
-
-    def write_gradients(self, model: nn.Module, gradients: dict[str, Tensor]) -> None:
-        super().write_gradients(model, self._add_noise(gradients))
-
-
-class EveryRank(Replicated):
-    """Noise in every process."""
-
-    def noisy_total(self, sums: dict[str, Tensor], add_noise: Callable[..., Any]) -> dict[str, Tensor]:
-        return add_noise(sums)
-
-
-class RankShare(Replicated):
-    """Every one of two processes adds a share of the noise."""
-
-    share = 0.5
-
-    def noisy_total(self, sums: dict[str, Tensor], add_noise: Callable[..., Any]) -> dict[str, Tensor]:
-        return {name: sums[name] + (value - sums[name]) * self.share for name, value in add_noise(sums).items()}
-
-
-class RootShare(RankShare):
-    """The share that would be right if the processes drew independently."""
-
-    share = 0.5**0.5
-
-
-def layout(kind: type[Replicated]) -> Callable[[Parts], Parts]:
-    """Inject another layout of the parameters over processes."""
-
-    class Trainer(DPTrainer):
-        def _make_layout(self) -> Replicated:
-            return kind(self._examples_at_once, self.args.rows_per_unit, self.args.device)
-
-    return lambda parts: replace(parts, trainer=Trainer)
-
-
-def same_seed_per_rank(parts: Parts) -> Parts:
-    """Independent shares from one seed."""
-    return remembered_seed(layout(RootShare)(parts))
-
-
 FAULTS = (
     Fault("noise-over-batch", "noise divided by the batch size before it is added to the sum", "noise-scale",
           scaled(lambda m: 1 / PLAIN["logical_batch_size"])),
@@ -219,8 +170,6 @@ FAULTS = (
           scaled(lambda m: 1 / m.honest.clipping.sensitivity())),
     Fault("noise-90", "noise at 0.9 of its size", "noise-scale", scaled(lambda m: 0.9)),
     Fault("noise-98", "noise at 0.98 of its size", "noise-scale", scaled(lambda m: 0.98)),
-    Fault("noise-on-mean", "noise for the sum added to the mean", "noise-scale", layout(NoiseOnMean),
-          "jax_privacy #383"),
     Fault("noise-hardcoded", "noise of deviation 1, whatever sigma and C are", "noise-scale", mechanism(Hardcoded),
           "FL"),
     Fault("noise-per-microbatch", "noise once per microbatch", "noise-scale", mechanism(PerMicrobatch)),
@@ -246,9 +195,4 @@ FAULTS = (
           remembered_seed),
     Fault("empty-step-skipped", "a step that draws nobody releases nothing", "empty-steps",
           lambda parts: replace(parts, trainer=SkippingEmpty), "OP: an empty local batch is skipped"),
-    Fault("ranks-full-noise", "every process adds the whole noise", "noise-over-ranks", layout(EveryRank)),
-    Fault("ranks-divided-noise", "every process adds noise divided by their number", "noise-over-ranks",
-          layout(RankShare), "FD: the number of GPUs is passed by hand"),
-    Fault("ranks-same-seed", "shares for independent processes, drawn from one seed", "noise-over-ranks",
-          same_seed_per_rank, "FD: whether the seed is fixed is passed by hand"),
 )  # fmt: skip

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from hf_dpvision.collector import Collector
 from hf_dpvision.rules import RULES
+from hf_dpvision.rules.affine import Affine
 from hf_dpvision.rules.conv import ConvGradient
 from hf_dpvision.rules.gradients import Instantiated, PerExampleGradient, squared_rows
 from hf_dpvision.uses import Slot
@@ -75,6 +76,15 @@ def ungrouped(slot: Slot, gradient: PerExampleGradient) -> PerExampleGradient:
     columns = geometry.unfold(gradient.x).squeeze(1)
     dense = gradient.output_grad.flatten(2) @ columns
     return MeasuredAs(gradient, squared_rows(dense))
+
+
+def mutated(slot: Slot, gradient: PerExampleGradient) -> PerExampleGradient:
+    """The output gradient is scaled in place behind its use: layers before this one see the scaled one."""
+    if not isinstance(gradient, Affine):
+        return gradient
+    kept = Affine(gradient.rows.clone(), gradient.columns)
+    gradient.rows.mul_(0.5)
+    return kept
 
 
 class Transposed(Delegated):
@@ -160,6 +170,8 @@ FAULTS = (
           unsummed_bias, "FL: true sensitivity up to sqrt(T) C"),
     Fault("sum-transposed", "a convolution's sum is read transposed", "sum-instantiated",
           rules({F.conv2d: transposed}), "PV"),
+    Fault("gradient-mutated", "a linear layer scales its output gradient in place", "sum-every-parameter",
+          rules({F.linear: mutated}), "FL"),
     Fault("sum-last-use", "of a layer that is used twice, only the last use is summed", "sum-every-parameter",
           lambda parts: rules({F.linear: LastUse()})(parts), "FD: only the last activation is kept"),
     Fault("parameter-dropped", "a norm layer silently gets no gradient", "sum-every-parameter",

@@ -1,4 +1,4 @@
-"""What a check says, and the exact null distributions by which the statistical ones decide."""
+"""What a check says, and the null distributions by which the statistical ones decide: exact, or a limit where said."""
 
 from __future__ import annotations
 

@@ -84,8 +84,8 @@ class Parts:
         with ExitStack() as stack:
             stack.enter_context(mock.patch.object(hf_dpvision.trainer, "PrivacyRun", Run))
             stack.enter_context(mock.patch.object(hf_dpvision.trainer, "PoissonSampler", self.sampler))
-            clipping = mock.patch.object(DPTrainingArguments, "build_clipping", lambda args: parts.clipping(built(args)))
-            stack.enter_context(clipping)
+            build = lambda args: parts.clipping(built(args))  # noqa: E731 a method of the arguments for a while
+            stack.enter_context(mock.patch.object(DPTrainingArguments, "build_clipping", build))
             stack.enter_context(mock.patch.dict(RULES, self.rules))
             for patch in self.patches:
                 stack.enter_context(patch())

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from . import faults_clipping, faults_draws, faults_ledger, faults_noise, faults_rules
+from . import faults_clipping, faults_draws, faults_layouts, faults_ledger, faults_noise, faults_rules
 from .battery import CHECKS
 from .fault import Fault
 
 
 FAULTS: tuple[Fault, ...] = (
     *faults_noise.FAULTS,
+    *faults_layouts.FAULTS,
     *faults_draws.FAULTS,
     *faults_clipping.FAULTS,
     *faults_rules.FAULTS,
