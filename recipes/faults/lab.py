@@ -26,9 +26,11 @@ from .runs import Seen, StopHere, run
 NOISELESS = 1e-7  # a noise multiplier whose noise is far below the tolerances
 BOUND, SUM_STEPS = 1.0, 10  # C lies among the norms of the examples
 SUMS = {"noise_multiplier": NOISELESS, "per_device_train_batch_size": 5, "per_sample_max_grad_norm": BOUND}
-WAYS = {"ghost": {"norm_rule": "ghost", "backward_passes": 1}, "instantiate": {"norm_rule": "instantiate",
-        "backward_passes": 2}}  # fmt: skip
-# sigma, C, expected batch, examples, steps of the runs that release nothing but noise
+WAYS = {
+    "ghost": {"norm_rule": "ghost", "backward_passes": 1},
+    "instantiate": {"norm_rule": "instantiate", "backward_passes": 2},
+}
+# Of the runs that release nothing but noise: large batches in several microbatches, and batches that are often empty.
 PLAIN = {"noise_multiplier": 1.3, "per_sample_max_grad_norm": 0.7, "logical_batch_size": 12, "max_steps": 28,
          "per_device_train_batch_size": 4}  # fmt: skip
 SPARSE = {"noise_multiplier": 0.8, "per_sample_max_grad_norm": 2.5, "logical_batch_size": 1, "max_steps": 40,
