@@ -1,0 +1,94 @@
+"""Every deliberate fault is caught by its check, a correct run raises no alarm, and the script tells when not so."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "recipes" / "fault_injection.py"
+
+
+@pytest.fixture(scope="module")
+def injection() -> ModuleType:
+    """The recipe with its parts importable, as when it is run as a script."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPT.parent))
+        spec = importlib.util.spec_from_file_location("fault_injection", SCRIPT)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        yield module
+        for name in [name for name in sys.modules if name.split(".")[0] == "faults"]:
+            del sys.modules[name]
+
+
+def test_every_fault_is_caught_and_clean_runs_are_quiet(injection: ModuleType, tmp_path: Path) -> None:
+    # draws and noise are the real ones: a false alarm has probability 1e-6 for each statistical check and repeat
+    record = injection.main(["--short", "--report", str(tmp_path / "report.md")])
+    assert not record.missed and not record.alarms and not record.failed
+    assert len(record.trials) >= 40 and record.repeats == injection.SHORT_REPEATS
+    report = (tmp_path / "report.md").read_text()
+    assert all(f"| `{trial.fault.id}` |" in report for trial in record.trials)
+    assert f"{len(record.trials)} of {len(record.trials)} faults caught, 0 alarms" in report
+
+
+def harmless(injection: ModuleType, check: str) -> object:
+    return injection.Fault("harmless", "nothing is wrong", check, lambda parts: parts)
+
+
+def test_a_fault_that_is_not_caught_fails_the_run(injection: ModuleType, tmp_path: Path) -> None:
+    report = tmp_path / "report.md"
+    record = injection.main(["--repeats", "0", "--short", "--report", str(report)], [harmless(injection, "divisor")])
+    assert record.missed == ["harmless"] and record.failed
+    assert "0 of 1 faults caught" in report.read_text() and "| **no** |" in report.read_text()
+
+
+def test_an_alarm_in_a_clean_run_fails_the_run(injection: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    from faults.battery import Check
+    from faults.findings import Finding
+
+    alarming = Check("logs", lambda lab: Finding(True, "always"), 0.0)
+    monkeypatch.setattr(injection, "CHECKS", {"logs": alarming})
+    record = injection.investigate([], 2, "", every_check=False)
+    assert record.repeats == 2 and len(record.alarms["logs"]) == 2 and record.failed
+
+
+def test_a_run_that_the_package_refuses_is_an_alarm_that_says_so(injection: ModuleType, tmp_path: Path) -> None:
+    from hf_dpvision.errors import ArgumentRefused
+
+    class Refusing(injection.Parts().trainer):
+        def train(self, *args: object, **kwargs: object) -> None:
+            raise ArgumentRefused("no")
+
+    parts = injection.Parts(trainer=Refusing)
+    finding = injection.CHECKS["ledger-steps"](injection.Lab(parts, tmp_path))
+    assert finding.alarm and finding.value == "refused: ArgumentRefused"
+
+
+def test_everything_is_as_before_behind_a_run_with_a_fault(injection: ModuleType) -> None:
+    import hf_dpvision.trainer
+    from hf_dpvision import DPTrainingArguments
+    from hf_dpvision.rules import RULES
+
+    def state() -> tuple:
+        trainer = hf_dpvision.trainer
+        return dict(RULES), trainer.PrivacyRun, trainer.PoissonSampler, DPTrainingArguments.build_clipping
+
+    before = state()
+    faults = {fault.id: fault for fault in injection.FAULTS}
+    for name in ("norm-misses-bias", "draw-public-key", "clip-off", "resume-forgets"):
+        assert injection.attempt(faults[name], every_check=False).finding.alarm
+    assert state() == before
+
+
+def test_the_committed_report_is_of_the_faults_and_checks_that_there_are(injection: ModuleType) -> None:
+    report = SCRIPT.with_suffix(".md").read_text()
+    for name in [*(fault.id for fault in injection.FAULTS), *injection.CHECKS]:
+        assert f"| `{name}` |" in report, f"{name} is not in fault_injection.md: run the full script again"
+    total = len(injection.FAULTS)
+    assert f"**{total} of {total} faults caught, 0 alarms in {injection.REPEATS} clean repeats.**" in report
