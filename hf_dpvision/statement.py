@@ -54,6 +54,7 @@ class RunRecord:
         base_model: what was fine-tuned, or None if it has no name.
         was_unprotected: whether the weights went through a `train()` without privacy, whatever `args` say now.
         mark: where the ledger on disk stood when the weights were as they are; None if there is none.
+        cryptographic: whether the noise generator is.
     """
 
     args: DPTrainingArguments
@@ -68,6 +69,7 @@ class RunRecord:
     base_model: str | None
     was_unprotected: bool = False
     mark: Mark | None = None
+    cryptographic: bool = False
 
     @property
     def without_privacy(self) -> bool:
@@ -129,7 +131,7 @@ def make_statement(run: RunRecord, model: nn.Module) -> dict[str, Any]:
             "multiplier": run.noise_multiplier,
             "std": run.noise_multiplier * run.clipping.sensitivity(),
             "rng": f"os-entropy-seeded-{run.rng}" if run.secret_randomness else f"fixed-seed-{run.rng}",
-            "cryptographic": False,
+            "cryptographic": run.cryptographic,
             "floating_point_protection": "none",
         },
         "clipping": _clipping(run),

@@ -211,9 +211,10 @@ class Series:
         lowers = sorted(audit.lower_epsilon for audit in self.audits)
         first = self.audits[0]
         return (
-            f"| {self.what} | {self.fault.name} | {len(self.audits)} | {first.claimed_epsilon:.3f} | {lowers[0]:.3f} | "
-            f"{lowers[len(lowers) // 2]:.3f} | {lowers[-1]:.3f} | {sum(a.violated for a in self.audits)} | "
-            f"{sum(a.blunt for a in self.audits)} | {first.found.values:,} | {self.seconds / len(self.audits):.1f} s |"
+            f"| {self.what} | {self.fault.name} | {len(self.audits)} | {first.claimed_epsilon:.3f} | "
+            f"{lowers[0]:.3f} | {lowers[len(lowers) // 2]:.3f} | {lowers[-1]:.3f} | "
+            f"{sum(a.violated for a in self.audits)} | {sum(a.blunt for a in self.audits)} | "
+            f"{first.found.values:,} | {self.seconds / len(self.audits):.1f} s |"
         )
 
 
@@ -238,9 +239,9 @@ def mechanism_report(found: Sequence[Series], repetitions: int) -> list[str]:
         "## One step, from within",
         "",
         f"Sampling rate 1, sigma 1, delta {DELTA:g}; epsilon of one step. Either end of each interval holds with "
-        f"probability {each:.2%}, so that all {repetitions} repetitions hold together with {CONFIDENCE:.0%}: a correct "
-        "run must lie below the claim in all of them, and one with half the noise above. The true epsilon of a correct "
-        "run is the claim, so that a tight audit at a lower confidence would exceed it now and then.",
+        f"probability {each:.2%}, so that all {repetitions} repetitions hold together with {CONFIDENCE:.0%}: a "
+        "correct run must lie below the claim in all of them, and one with half the noise above. The true epsilon of "
+        "a correct run is the claim, so that a tight audit at a lower confidence would exceed it now and then.",
         "",
         "| audit | mechanism | repetitions | claimed | lower bound, least | median | most | violations found | "
         "too much noise found | values a run | time each |",
@@ -258,7 +259,7 @@ def software() -> str:
 def main(command_line: Sequence[str] | None = None) -> None:
     """Run the audits as told on the command line and write the report."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--repetitions", type=int, default=20, help="of the correct run, and of that with half the noise")
+    parser.add_argument("--repetitions", type=int, default=20, help="of the correct run, and with half the noise")
     parser.add_argument("--steps", type=int, default=100, help="of each run; 60 canaries give as many values a step")
     parser.add_argument("--report", type=Path, default=Path(__file__).with_suffix(".md"))
     options = parser.parse_args(command_line)
@@ -268,7 +269,8 @@ def main(command_line: Sequence[str] | None = None) -> None:
     lines = [
         "# Audit",
         "",
-        f"Written by `recipes/audit.py`, which fails if a correct run is contradicted or a fault missed. {software()}.",
+        f"Written by `recipes/audit.py`, which fails if a correct run is contradicted or a fault missed. "
+        f"One thread, {software()}.",
         "",
         *mechanism_report(list(mechanism_series(options.repetitions, options.steps)), options.repetitions),
     ]

@@ -42,16 +42,19 @@ class CanarySet(Dataset):
         return self.canaries[number]
 
 
-def with_canaries(examples: Any, count: int, label_name: str) -> CanarySet:
+def with_canaries(
+    examples: Any, count: int, label_name: str, coins: np.random.Generator | None = None
+) -> CanarySet:
     """Add `count` mislabelled examples, each in with probability 1/2: pictures that only memory can get right.
 
     A canary has the picture of one training example, as its transform shows it once, and the label of another one with
-    a different label. The coins come from the operating system; who knows them needs no audit.
+    a different label.
 
     Args:
         examples: map-style training set of mappings.
         count: of canaries, at most half as many as there are examples.
         label_name: the key of an example's label.
+        coins: chooses pictures, labels and who is in; by default seeded by the operating system.
 
     Raises:
         ArgumentRefused: too few or too many canaries.
@@ -63,7 +66,7 @@ def with_canaries(examples: Any, count: int, label_name: str) -> CanarySet:
             f"{count} canaries for {size} examples: at least 4 are needed for any bound, and more than half as many "
             f"as examples would train the model on them. Choose at most {size // 2}."
         )
-    choose = np.random.default_rng(secrets.randbits(128))
+    choose = np.random.default_rng(secrets.randbits(128)) if coins is None else coins
     rows = choose.permutation(size)
     canaries: list[Any] = []
     for index in rows:

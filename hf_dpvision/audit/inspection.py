@@ -55,7 +55,9 @@ class Finding:
         return told | {"claimed": claimed, "tries": [list(one) for one in self.tries], "violated": self.violated}
 
 
-def audit_run(trainer: Trainer, canaries: int, confidence: float = 0.95) -> Finding:
+def audit_run(
+    trainer: Trainer, canaries: int, confidence: float = 0.95, *, coins: np.random.Generator | None = None
+) -> Finding:
     """Put canaries into the training set of `trainer`, train it, and bound epsilon from below by their losses.
 
     Each canary is in with probability 1/2; the auditor guesses which were, by how much their loss fell from the first
@@ -69,6 +71,7 @@ def audit_run(trainer: Trainer, canaries: int, confidence: float = 0.95) -> Find
             seen mislabelled examples and is not for release.
         canaries: how many; at most half as many as there are examples.
         confidence: in (0, 1).
+        coins: for tests; by default the operating system's.
 
     Raises:
         ArgumentRefused: the run claims no finite epsilon, has been trained, groups its rows, or reads a stream.
@@ -76,7 +79,7 @@ def audit_run(trainer: Trainer, canaries: int, confidence: float = 0.95) -> Find
     """
     _refuse(trainer)
     label = trainer.args.label_names[0]
-    audited = with_canaries(trainer.train_dataset, canaries, label)
+    audited = with_canaries(trainer.train_dataset, canaries, label, coins)
     trainer.train_dataset = audited
     losses = {}
     trainer.model.to(trainer.args.device)
@@ -115,7 +118,7 @@ def _refuse(trainer: Trainer) -> None:
             "about units. Audit the same recipe without it."
         )
     if isinstance(trainer.train_dataset, Streamed):
-        raise ArgumentRefused("The training set is a stream: canaries are inserted by index. Pass a map-style data set.")
+        raise ArgumentRefused("The training set is a stream, and canaries go in by index. Pass a map-style data set.")
     if args.world_size > 1:
         raise ArgumentRefused(f"{args.world_size} processes: every process would flip other coins. Start one.")
 

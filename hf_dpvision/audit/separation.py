@@ -78,20 +78,29 @@ def separation(present: np.ndarray, absent: np.ndarray, error_rate: float) -> Se
 def _noncentrality(t: float, freedom: int, tail: float) -> float:
     """The noncentrality at which the statistic is at most `t` with probability `tail`."""
     reach = 12 * math.sqrt(1 + t * t / (2 * freedom))  # standard deviations of the statistic, roughly
+    distribution = NoncentralT(freedom)
 
     def excess(noncentrality: float) -> float:
-        return noncentral_t_cdf(t, freedom, noncentrality) - tail
+        return distribution.cdf(t, noncentrality) - tail
 
     return float(brentq(excess, t - reach, t + reach, xtol=1e-9))
 
 
-def noncentral_t_cdf(t: float, freedom: int, noncentrality: float) -> float:
-    """P(Z + noncentrality <= t S), Z standard normal and freedom * S^2 chi-square; scipy's own is NaN far out.
+class NoncentralT:
+    """The noncentral t distribution: (Z + noncentrality) / S, Z standard normal and freedom * S^2 chi-square.
 
-    Gauss-Legendre over where S lies but for 1e-15 of its probability.
+    Here because scipy's is NaN far out. Gauss-Legendre over where S lies but for 1e-15 of its probability.
+
+    Args:
+        freedom: degrees of freedom, from about 8 on.
     """
-    ends = [math.sqrt(find(1e-15, freedom) / freedom) for find in (chi2.ppf, chi2.isf)]
-    middle, half = (ends[0] + ends[1]) / 2, (ends[1] - ends[0]) / 2
-    s = middle + half * _NODES
-    density = chi2.pdf(freedom * s * s, freedom) * 2 * freedom * s
-    return float(half * np.sum(_WEIGHTS * density * ndtr(t * s - noncentrality)))
+
+    def __init__(self, freedom: int) -> None:
+        ends = [math.sqrt(find(1e-15, freedom) / freedom) for find in (chi2.ppf, chi2.isf)]
+        middle, half = (ends[0] + ends[1]) / 2, (ends[1] - ends[0]) / 2
+        self._s = middle + half * _NODES
+        self._weights = half * _WEIGHTS * chi2.pdf(freedom * self._s**2, freedom) * 2 * freedom * self._s
+
+    def cdf(self, t: float, noncentrality: float) -> float:
+        """P(Z + noncentrality <= t S)."""
+        return float(np.dot(self._weights, ndtr(t * self._s - noncentrality)))
