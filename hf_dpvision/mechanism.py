@@ -19,6 +19,7 @@ from .noise import NoiseSource, add_noise
 from .rules.cost import NormRule
 from .rules.planner import Planner
 from .sampling import KEY_BYTES, new_key
+from .secure_noise import SecureNoiseSource
 
 
 class Randomness(Protocol):
@@ -33,16 +34,23 @@ class Randomness(Protocol):
         """Return whom to ask for the noise of the `step`-th charged step of the ledger, 1 being the first."""
 
 
+@dataclass
 class SystemRandomness:
-    """The operating system's entropy: nothing can be repeated, nothing is saved."""
+    """The operating system's entropy: nothing can be repeated, nothing is saved.
 
+    Args:
+        secure_noise: whether noise comes from a cryptographic generator; see `secure_noise.py`.
+    """
+
+    secure_noise: bool = False
     secret = True
 
     def sampling_key(self, train_call: int) -> bytes:
         return new_key()
 
     def noise_source(self, device: torch.device) -> Callable[[int], NoiseSource]:
-        source = NoiseSource.from_os_entropy(device)  # one for all steps: it only ever moves on
+        # one for all steps: it only ever moves on
+        source = SecureNoiseSource(device) if self.secure_noise else NoiseSource.from_os_entropy(device)
         return lambda step: source
 
 

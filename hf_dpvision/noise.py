@@ -18,8 +18,10 @@ class NoiseSource:
     The global generators of torch, numpy and python are neither read nor advanced: their seed is a published argument
     (`seed=42`) and their state is written into checkpoints. The generator (Philox on CUDA, Mersenne Twister on the
     CPU) is statistically sound but not a cryptographic one, and the samples are floating-point numbers; attacks on
-    either are not covered by the claim.
+    either are not covered by the claim. `secure_noise.py` has a cryptographic one.
     """
+
+    cryptographic = False  # for the statement: whether draws cannot be computed from other draws
 
     def __init__(self, generator: torch.Generator) -> None:
         self._generator = generator

@@ -241,7 +241,7 @@ class PrivacyRun:
 
     def record(self, args: DPTrainingArguments, ledger: Ledger, base_model: str | None) -> RunRecord:
         """Return what a statement about `ledger` is made from."""
-        plan = self.plan
+        plan, source = self.plan, self._noise(0)
         return RunRecord(
             args=args,
             ledger=ledger,
@@ -252,10 +252,11 @@ class PrivacyRun:
             rows=plan.rows if plan else RowSource.INDEXED,
             noise_multiplier=plan.noise_multiplier if plan else 0.0,
             secret_randomness=self.randomness.secret,
-            rng=self._noise(0).algorithm,
+            rng=source.algorithm,
             base_model=base_model,
             was_unprotected=self.without_privacy,
             mark=self.mark,
+            cryptographic=source.cryptographic,
         )
 
     def _bounds(self, args: DPTrainingArguments, ledger: Ledger, delta: float | None) -> Bounds:

@@ -56,6 +56,7 @@ class RunRecord:
         was_unprotected: whether the weights went through a `train()` without privacy, whatever `args` say now.
         mark: where the ledger on disk stood when the weights were as they are; None if there is none.
         rows: where those of a draw are read from, of the last call of `train()`.
+        cryptographic: whether the noise generator is.
     """
 
     args: DPTrainingArguments
@@ -71,6 +72,7 @@ class RunRecord:
     was_unprotected: bool = False
     mark: Mark | None = None
     rows: RowSource = RowSource.INDEXED
+    cryptographic: bool = False
 
     @property
     def without_privacy(self) -> bool:
@@ -133,7 +135,7 @@ def make_statement(run: RunRecord, model: nn.Module) -> dict[str, Any]:
             "multiplier": run.noise_multiplier,
             "std": run.noise_multiplier * run.clipping.sensitivity(),
             "rng": f"os-entropy-seeded-{run.rng}" if run.secret_randomness else f"fixed-seed-{run.rng}",
-            "cryptographic": False,
+            "cryptographic": run.cryptographic,
             "floating_point_protection": "none",
         },
         "clipping": _clipping(run),

@@ -113,7 +113,7 @@ class DPTrainer(PublishingTrainer):
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(PrivacyProgress)
         self.add_callback(ClaimAtStart(self.planned_claim))
-        self._run = PrivacyRun(randomness or SystemRandomness(), args.device)
+        self._run = PrivacyRun(randomness or SystemRandomness(args.secure_noise), args.device)
         self.add_callback(StopWhenSpent(self._run.spent))
         self._termination = StopWhenTerminated()
         self.add_callback(self._termination)

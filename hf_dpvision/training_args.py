@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from .clipping import Automatic, Clipping, Flat
 from .errors import ArgumentRefused
 from .rules.cost import NormRule
+from .secure_noise import refuse_missing
 from .sharding import Sharding
 from .stream_arguments import StreamArguments
 from .streaming import Way
@@ -119,6 +120,13 @@ class DPTrainingArguments(UnitArguments, StreamArguments, TrainingArguments):
             "choices": list(EVAL_DATA),
         },
     )
+    secure_noise: bool = field(
+        default=False,
+        metadata={
+            "help": "Draw the noise from AES-256 (extra 'secure'), so that draws cannot be computed from other draws. "
+            "Attacks on the rounding of floating-point noise stay uncovered."
+        },
+    )
     train_data_name: str | None = field(
         default=None,
         metadata={"help": "Public name of the training data, such as its Hub id, for the privacy statement."},
@@ -202,6 +210,8 @@ class DPTrainingArguments(UnitArguments, StreamArguments, TrainingArguments):
         if not self.disable_dp:
             self._check_budget()
         self.norm_rule = NormRule(self.norm_rule)
+        if self.secure_noise:
+            refuse_missing()
         self.build_clipping()
         self.build_streaming(self.output_dir)
 

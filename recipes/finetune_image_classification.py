@@ -163,13 +163,7 @@ class Prepared:
 def main(command_line: list[str]) -> RecipeRecord:
     """Run the recipe; see the top of this file."""
     started = time.monotonic()
-    parsed = parse_arguments(
-        [ModelArguments, DataTrainingArguments, DPTrainingArguments],
-        command_line,
-        default_config=DEFAULT_CONFIG,
-        path_fields=PATHS,
-        description=__doc__.split("\n\n")[0],
-    )
+    parsed = read_arguments(command_line)
     model_args, data_args, training_args = parsed.groups
     if not (training_args.do_train or training_args.do_eval):
         training_args.do_train = training_args.do_eval = True
@@ -200,6 +194,34 @@ def main(command_line: list[str]) -> RecipeRecord:
     if training_args.process_index == 0:
         report(record, trainer, parsed, prepared.data, say)
     return record
+
+
+def audited_trainer(folder: str, command_line: list[str]) -> DPTrainer:
+    """Return the trainer that these arguments describe, not yet trained, for `hf-dpvision audit`.
+
+    Args:
+        folder: where its ledger goes; nothing else is saved.
+        command_line: as for the recipe; `output_dir` and what is done besides training have no effect.
+    """
+    given = command_line or ["--config", str(DEFAULT_CONFIG)]
+    parsed = read_arguments([*given, "--output_dir", folder, "--save_strategy", "no"])
+    model_args, data_args, training_args = parsed.groups
+    training_args.dataloader_pin_memory &= torch.cuda.is_available()
+    set_seed(training_args.seed)
+    model, prepared = prepare(model_args, data_args, training_args, print)
+    train_only(model, TrainLayers(model_args.train_layers))
+    return DPTrainer(model=model, args=training_args, **prepared.trainer_parts)
+
+
+def read_arguments(command_line: list[str]) -> ParsedArguments:
+    """Return the arguments: from the YAML file, with those of the command line put over them."""
+    return parse_arguments(
+        [ModelArguments, DataTrainingArguments, DPTrainingArguments],
+        command_line,
+        default_config=DEFAULT_CONFIG,
+        path_fields=PATHS,
+        description=__doc__.split("\n\n")[0],
+    )
 
 
 def resume_point(training_args: DPTrainingArguments) -> str | bool | None:

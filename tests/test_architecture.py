@@ -26,6 +26,8 @@ HOMES = {
     "evaluate": {"metrics"},
     "jsonschema": {"verify.schema"},
     "peft": set(),
+    "cryptography": {"secure_noise"},
+    "matplotlib": {"audit.plot"},
 }
 ABOVE_THE_ALGORITHM = {"transformers", "timm", "datasets", "evaluate", "accelerate", "huggingface_hub", "peft", "PIL"}
 

@@ -89,6 +89,9 @@ def _noise(statement: Mapping[str, Any]) -> Iterator[Relation]:
     if fixed != ("fixed_randomness" in statement["unsafe_flags"]):
         expected = ["fixed_randomness"] if fixed else []
         yield "unsafe_flags", statement["unsafe_flags"], expected, "noise.rng"
+    cryptographic = noise["rng"].endswith("-aes256ctr")  # the only one of this package that is
+    if noise["cryptographic"] != cryptographic:
+        yield "noise.cryptographic", noise["cryptographic"], cryptographic, "noise.rng"
     if statement["mechanism"] == "none":
         return
     if clipping is None:

@@ -1,0 +1,46 @@
+"""The picture of an audit; needs matplotlib (extra `audit`)."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from pathlib import Path
+
+from ..errors import ArgumentRefused
+from .inspection import Finding
+
+
+def refuse_missing() -> None:
+    """Raise if the extra is not installed.
+
+    Raises:
+        ArgumentRefused: matplotlib is missing.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ArgumentRefused(
+            "The picture of an audit is drawn by matplotlib, which is not installed. Install it with "
+            "pip install 'hf_dpvision[audit]', or leave the picture out."
+        )
+
+
+def draw(found: Finding, path: Path) -> None:
+    """Write a PNG: how far the losses of canaries fell, in and out, and the bound by the number of guesses."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    scores, bounds = figure.subplots(1, 2)
+    groups = [found.scores[found.present], found.scores[~found.present]]
+    labels = [f"in ({len(groups[0])})", f"zeroed out ({len(groups[1])})"]
+    scores.hist(groups, bins=30, density=True, histtype="step", color=["tab:red", "tab:blue"], label=labels)
+    scores.set(xlabel="fall of the loss by training", ylabel="density", title="Scores of the canaries")
+    scores.legend()
+    guesses = [one[0] for one in found.tries]
+    bounds.plot(guesses, [one[2] for one in found.tries], "o-", color="black", label="lower bound")
+    if math.isfinite(found.claimed):
+        bounds.axhline(found.claimed, color="tab:red", linestyle="--", label=f"claimed, {found.claimed:.2f}")
+    bounds.set(
+        xlabel="guesses", ylabel=f"epsilon at delta = {found.delta:g}", ylim=(0, None), xscale="log",
+        title=f"Epsilon, all bounds together with confidence {found.confidence:.0%}",
+    )  # fmt: skip
+    bounds.legend()
+    figure.savefig(path, dpi=110, format="png")
