@@ -1,4 +1,4 @@
-"""Heads with one release: exact without noise, bounded as claimed, accounted as stated, and never swayed by a broken row."""
+"""Heads with one release: exact without noise, bounded and accounted as stated, and never swayed by a broken row."""
 
 from __future__ import annotations
 
