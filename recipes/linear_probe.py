@@ -1,8 +1,8 @@
 """Fit linear heads to the features of a frozen model, with privacy and without, and compare them.
 
-    python recipes/linear_probe.py --config recipes/linear_probe_cifar10.yaml
-    python recipes/linear_probe.py --config recipes/linear_probe_cifar100.yaml --max_train_samples 5000
-    python recipes/linear_probe.py --config recipes/linear_probe_cifar10.yaml --methods least_squares --epsilons 0.5 1
+    python recipes/linear_probe.py --config recipes/probing/cifar10.yaml
+    python recipes/linear_probe.py --config recipes/probing/cifar100.yaml --max_train_samples 5000
+    python recipes/linear_probe.py --config recipes/probing/cifar10.yaml --methods least_squares --epsilons 0.5 1
 
 The features are computed once and kept in `features_dir`, in a private folder by model, preprocessing and images; a
 run that is ended goes on where it was, and `--keep_features false` deletes them at the end. Three methods fit heads to
@@ -234,9 +234,10 @@ def method_of(name: str, train: Rows, args: ProbeArguments) -> Method:
         return Prototypes(train, args.target_delta)
     if name == "least_squares":
         return LeastSquares(train, args.target_delta, args.least_squares_weight, args.least_squares_ridge)
+    rates = args.gd_learning_rate * (len(args.epsilons) if len(args.gd_learning_rate) == 1 else 1)
     return GradientDescent(
-        train, args.target_delta, args.gd_steps, args.gd_learning_rate, args.gd_clip_norm, args.gd_batch_size,
-        args.gd_plain_steps, args.gd_plain_learning_rate,
+        train, args.target_delta, args.gd_steps, dict(zip(args.epsilons, rates, strict=True)), args.gd_clip_norm,
+        args.gd_batch_size, args.gd_plain_steps, args.gd_plain_learning_rate,
     )  # fmt: skip
 
 
@@ -264,7 +265,7 @@ def report(record: Record, path: Path) -> None:
     else:
         from probing.plot import draw
 
-        picture = f"{record.name}.png"
+        picture = f"{path.stem}_{record.name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         draw(record, path.with_name(picture))
     write(path, record, picture)

@@ -217,3 +217,17 @@ def test_the_trainer_takes_the_steps_of_noisy_gradient_descent_in_closed_form(tm
     events = [(e.sample_rate, e.noise_multiplier, e.steps) for e in trainer._run.ledger.events]
     assert events == [(batch / size, sigma, steps)]
     assert trainer.epsilon().accountant == ("gaussian" if batch == size else "rdp")
+
+
+def test_images_in_files_are_told_apart_by_their_content_and_a_missing_file_is_a_broken_image(tmp_path, backbone):
+    for index in range(4):
+        (tmp_path / f"{index}.png").write_bytes(picture(index))
+    paths = [{"bytes": None, "path": str(tmp_path / f"{index}.png")} for index in range(4)]
+    kinds = Features(image=Image(), label=Value("int64"))
+    data = Dataset.from_dict({"image": paths, "label": [0] * 4}, features=kinds)
+    first = cached(tmp_path / "cache", backbone, data).values
+    np.testing.assert_array_equal(first, cached(tmp_path / "cache", Counting(backbone, fail_after=0), rows(4)).values)
+    (tmp_path / "2.png").unlink()
+    missing = cached(tmp_path / "cache", backbone, data).values
+    assert np.isnan(missing[2]).all()
+    np.testing.assert_array_equal(missing[[0, 1, 3]], first[[0, 1, 3]])
