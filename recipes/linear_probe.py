@@ -1,0 +1,279 @@
+"""Fit linear heads to the features of a frozen model, with privacy and without, and compare them.
+
+    python recipes/linear_probe.py --config recipes/probing/cifar10.yaml
+    python recipes/linear_probe.py --config recipes/probing/cifar100.yaml --max_train_samples 5000
+    python recipes/linear_probe.py --config recipes/probing/cifar10.yaml --methods least_squares --epsilons 0.5 1
+
+The features are computed once and kept in `features_dir`, in a private folder by model, preprocessing and images; a
+run that is ended goes on where it was, and `--keep_features false` deletes them at the end. Three methods fit heads to
+them: `gd` (gradient descent by `DPTrainer`), `least_squares` and `prototypes` (one Gaussian release each). Nothing but
+accuracies is written: the report `linear_probe.md` beside this file gets a section, and a plot if matplotlib is there.
+To release a model use `finetune_image_classification.py`, whose `--train_layers head` trains a head as well.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from importlib.util import find_spec
+from pathlib import Path
+
+
+# Before torch starts its threads: waiting threads that spin made a step ten times slower on cores that were shared.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np
+import torch
+from probing.methods import GradientDescent, LeastSquares, Method, Prototypes, Rows
+from probing.report import Record, Score, table, write
+
+from hf_dpvision import load_model
+from hf_dpvision.backbone import Backbone
+from hf_dpvision.config import parse_arguments, without_folders
+from hf_dpvision.data import (
+    DigitsData,
+    FilesData,
+    FolderData,
+    HubData,
+    ImageData,
+    Source,
+    Split,
+    load_image_data,
+    model_input,
+)
+from hf_dpvision.data.features import CachedFeatures, cached_features
+from hf_dpvision.data.shards import remove
+from hf_dpvision.errors import ArgumentRefused, DataRefused, RefusedError
+from hf_dpvision.results import environment
+
+
+HERE = Path(__file__).parent
+PATHS = ("train_dir", "validation_dir", "train_files", "validation_files", "features_dir", "report")
+METHODS = ("gd", "least_squares", "prototypes")
+
+
+def _argument(default: object, help: str) -> object:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ProbeArguments:
+    """The model, the images, and how heads are fitted."""
+
+    model_name_or_path: str = _argument("timm/deit_tiny_patch16_224.fb_in1k", "Hub id, timm/<name>, or a folder.")
+    image_processor_name: str | None = _argument(None, "Hub id or folder of the image processor, if not the model's.")
+    dataset_name: str | None = _argument(None, "Hub id; 'digits' is scikit-learn's 1,797 scans.")
+    dataset_config_name: str | None = _argument(None, "Configuration of the Hub data set.")
+    train_dir: str | None = _argument(None, "Folder with one sub-folder of images per class.")
+    validation_dir: str | None = _argument(None, "The same for the held-out images.")
+    train_files: str | None = _argument(None, "Local files: a path or a glob pattern.")
+    validation_files: str | None = _argument(None, "The same for the held-out images.")
+    train_val_split: float | None = _argument(None, "Fraction to hold out if there is no held-out part.")
+    label_column_name: str | None = _argument(None, "Column of the classes; found by itself if usual.")
+    max_train_samples: int | None = _argument(None, "Use a random subset (chosen by seed) of this size.")
+    max_eval_samples: int | None = _argument(None, "The same for the held-out images.")
+    image_size: int | None = _argument(None, "Height and width of the model's input, if not the model's own.")
+    crop_pct: float | None = _argument(None, "Part of the picture's shorter edge that is kept; 1 keeps all of it.")
+    seed: int = _argument(0, "Public: decides subsets, never the noise or the batches.")
+
+    features_dir: str = _argument("outputs/features", "Where features are kept, as private as the images.")
+    keep_features: bool = _argument(True, "Keep them for the next run; false deletes them at the end.")
+    half: bool = _argument(False, "Compute features in bfloat16.")
+    feature_batch_size: int = _argument(32, "Images at once while features are computed.")
+    workers: int = _argument(1, "Processes that decode images.")
+
+    methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": f"Of {', '.join(METHODS)}."})
+    epsilons: list[float] = field(default_factory=lambda: [1.0, 2.0, 4.0, 8.0], metadata={"help": "One fit each."})
+    repeats: int = _argument(3, "Private fits of each kind, each with new noise.")
+    target_delta: float = _argument(1e-5, "Delta, below 1 / number of training images.")
+    gd_steps: int = _argument(40, "Steps of gradient descent.")
+    gd_learning_rate: list[float] = field(
+        default_factory=lambda: [10.0],
+        metadata={"help": "Its learning rate, constant, with momentum 0.9: one, or one for each epsilon."},
+    )
+    gd_clip_norm: float = _argument(1.0, "Its clip norm.")
+    gd_batch_size: int | None = _argument(None, "Its logical batch; by default everyone takes part in every step.")
+    gd_plain_steps: int = _argument(200, "Steps without privacy.")
+    gd_plain_learning_rate: float = _argument(60.0, "Learning rate without privacy.")
+    least_squares_weight: float = _argument(1.0, "What the cross-moment counts in the release.")
+    least_squares_ridge: float = _argument(1.0, "Ridge as a multiple of what the noise needs.")
+    report: str = _argument(
+        str(HERE / "linear_probe.md"), "Markdown file that gets a section; the plot goes beside it."
+    )
+
+
+def main(command_line: list[str]) -> Record:
+    """Run the recipe; see the top of this file."""
+    parsed = parse_arguments([ProbeArguments], command_line, path_fields=PATHS, description=__doc__.split("\n\n")[0])
+    (args,) = parsed.groups
+    methods_known(args)
+    data = load_image_data(
+        source_of(args),
+        Split(
+            held_out_fraction=args.train_val_split,
+            max_train=args.max_train_samples,
+            max_eval=args.max_eval_samples,
+            seed=args.seed,
+        ),
+        label_column=args.label_column_name,
+    )
+    if data.held_out is None:
+        raise DataRefused("there is no held-out part to evaluate on: set train_val_split.")
+    cached = features_of(args, data)
+    started = time.monotonic()
+    train, held_out = (
+        Rows(part.values, np.array(rows[data.columns.label][:], np.int64), len(data.names))
+        for part, rows in zip(cached, (data.train, data.held_out), strict=True)
+    )
+    methods = [method_of(name, train, args) for name in args.methods]
+    scores = [score for method in methods for score in scores_of(method, held_out, args)]
+    hardware, versions = environment()
+    record = Record(
+        name=parsed.config.stem if parsed.config else "linear_probe",
+        command=shlex.join(["python", f"recipes/{Path(__file__).name}", *map(without_folders, command_line)]),
+        model=Path(args.model_name_or_path).name,
+        data=f"{data_name(args)}, {len(data.train):,} training and {len(data.held_out):,} held-out images",
+        features=computed(cached, args),
+        repeats=args.repeats,
+        delta=args.target_delta,
+        settings={method.name: method.settings() for method in methods},
+        scores=scores,
+        seconds=time.monotonic() - started,
+        hardware=hardware,
+        versions=versions,
+        date=date.today().isoformat(),
+    )
+    report(record, Path(args.report))
+    if not args.keep_features:
+        for part in cached:
+            remove(part.place)
+    return record
+
+
+def methods_known(args: ProbeArguments) -> None:
+    """Refuse what cannot be run before anything is computed.
+
+    Raises:
+        ArgumentRefused: an unknown method, no private fit, or an epsilon without noise.
+    """
+    unknown = [name for name in args.methods if name not in METHODS]
+    if unknown or not args.methods:
+        raise ArgumentRefused(f"methods={args.methods}: known are {', '.join(METHODS)}.")
+    if len(args.gd_learning_rate) not in (1, len(args.epsilons)):
+        raise ArgumentRefused(
+            f"gd_learning_rate={args.gd_learning_rate} with epsilons={args.epsilons}: give one, or one for each."
+        )
+    if args.repeats < 1 or not all(0 < epsilon < math.inf for epsilon in args.epsilons):
+        raise ArgumentRefused(
+            f"repeats={args.repeats}, epsilons={args.epsilons}: at least one fit is needed, and positive finite "
+            "epsilons; the fit without privacy is made anyway."
+        )
+
+
+def source_of(args: ProbeArguments) -> Source:
+    """Return the one source of images that the arguments name."""
+    given = [name for name in ("dataset_name", "train_dir", "train_files") if getattr(args, name) is not None]
+    if len(given) != 1:
+        raise ArgumentRefused(
+            "exactly one of dataset_name, train_dir and train_files says where the images are; given: "
+            f"{', '.join(given) or 'none'}."
+        )
+    if args.train_dir is not None:
+        return FolderData(args.train_dir, args.validation_dir)
+    if args.train_files is not None:
+        return FilesData(args.train_files, args.validation_files)
+    return DigitsData() if args.dataset_name == "digits" else HubData(args.dataset_name, args.dataset_config_name)
+
+
+def data_name(args: ProbeArguments) -> str:
+    """Return how the data set is called in public: a Hub id, or the name of the folder the files are in."""
+    if args.train_dir is not None:
+        return Path(args.train_dir).resolve().name
+    return args.dataset_name if args.train_files is None else Path(args.train_files).resolve().parent.name
+
+
+def features_of(args: ProbeArguments, data: ImageData) -> list[CachedFeatures]:
+    """Return the features of the training and of the held-out images."""
+    model = load_model(args.model_name_or_path, id2label=dict(enumerate(data.names)), image_size=args.image_size)
+    processor = args.image_processor_name or args.model_name_or_path
+    wanted = model_input(model, processor, image_size=args.image_size, crop_pct=args.crop_pct)
+    backbone = Backbone(model, "cuda" if torch.cuda.is_available() else "cpu", args.half)
+    return [
+        cached_features(
+            Path(args.features_dir),
+            backbone,
+            rows,
+            data.columns,
+            wanted.preprocessing,
+            part=part,
+            batch_size=args.feature_batch_size,
+            workers=args.workers,
+        )
+        for part, rows in (("train", data.train), ("held-out", data.held_out))
+    ]
+
+
+def computed(cached: Sequence[CachedFeatures], args: ProbeArguments) -> str:
+    """Return what the features took, in words."""
+    count, seconds = sum(len(part.values) for part in cached), sum(part.seconds for part in cached)
+    return (
+        f"Features of {count:,} images, {cached[0].values.shape[1]} numbers each{' (bfloat16)' if args.half else ''}, "
+        f"took {seconds / 60:.1f} minutes ({1000 * seconds / count:.0f} ms an image), once."
+    )
+
+
+def method_of(name: str, train: Rows, args: ProbeArguments) -> Method:
+    """Return the method of this name for these rows."""
+    if name == "prototypes":
+        return Prototypes(train, args.target_delta)
+    if name == "least_squares":
+        return LeastSquares(train, args.target_delta, args.least_squares_weight, args.least_squares_ridge)
+    rates = args.gd_learning_rate * (len(args.epsilons) if len(args.gd_learning_rate) == 1 else 1)
+    return GradientDescent(
+        train, args.target_delta, args.gd_steps, dict(zip(args.epsilons, rates, strict=True)), args.gd_clip_norm,
+        args.gd_batch_size, args.gd_plain_steps, args.gd_plain_learning_rate,
+    )  # fmt: skip
+
+
+def scores_of(method: Method, held_out: Rows, args: ProbeArguments) -> list[Score]:
+    """Fit at every epsilon as often as told, and once without privacy."""
+    scores = []
+    for target in (*args.epsilons, math.inf):
+        private = math.isfinite(target)
+        started, fits = time.monotonic(), []
+        for _ in range(args.repeats if private else 1):
+            fits.append(method.fit(target if private else None))
+        seconds = (time.monotonic() - started) / len(fits)
+        accuracies = [held_out.accuracy(fit.weight) for fit in fits]
+        worst = max((fit.bounds for fit in fits), key=lambda bounds: bounds.upper)
+        scores.append(Score(method.name, target, worst.upper, worst.accountant, accuracies, seconds))
+        print(f"{method.name}, epsilon <= {worst.upper:.4g}: " + ", ".join(f"{100 * a:.2f} %" for a in accuracies))
+    return scores
+
+
+def report(record: Record, path: Path) -> None:
+    """Print the table, and write the section and the plot."""
+    picture = None
+    if find_spec("matplotlib") is None:
+        print("matplotlib is not installed, so no plot is written: install the extra 'dev'")
+    else:
+        from probing.plot import draw
+
+        picture = f"{path.stem}_{record.name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw(record, path.with_name(picture))
+    write(path, record, picture)
+    print("\n".join(["", *table(record), "", f"  report   {path}"]))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except RefusedError as refusal:
+        sys.exit(f"{type(refusal).__name__}: {refusal}")
