@@ -79,6 +79,15 @@ def test_where_prv_declines_the_answer_is_another_ones_and_says_why() -> None:
     agree(answers([event], 1e-8) | {"said": said})
 
 
+@needs_pld
+@pytest.mark.parametrize("steps", [900, 1500])
+def test_pld_certifies_no_lower_end_where_its_exponentials_overflow(steps: int) -> None:
+    ledger = segments([Event(1.0, 1.0, steps)])
+    exact, found = gaussian.epsilon(ledger, 1e-5), pld.epsilon(ledger, 1e-5)
+    assert found.lower <= exact.upper <= found.upper
+    assert (found.lower > 0) == (exact.upper < 690)
+
+
 def one_step(q: float, sigma: float, delta: float) -> float:
     """Epsilon of a single step in closed form, both directions: the set where the likelihood ratio exceeds e^epsilon
     is a half-line, so that delta is a sum of normal tails."""
