@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from itertools import product
@@ -15,8 +16,8 @@ from scipy.stats import binom, nct
 from torch import Tensor
 from trainer_cases import Images, Linear, arguments, trainer
 
-from hf_dpvision import DPTrainer, DPTrainingArguments, clipping
-from hf_dpvision.audit import audit_run, audit_step, epsilon_lower_bound, p_value, probes
+from hf_dpvision import DPTrainer, DPTrainingArguments, cli, clipping
+from hf_dpvision.audit import audit_run, audit_step, epsilon_lower_bound, inspection, p_value, plot, probes
 from hf_dpvision.audit.canaries import with_canaries
 from hf_dpvision.audit.inspection import Finding
 from hf_dpvision.audit.separation import NoncentralT, separation
@@ -370,3 +371,103 @@ def test_a_finding_is_plain_json_without_the_coins() -> None:
         "claimed": "inf", "delta": 1e-5, "lower": 0.0, "confidence": 0.95, "canaries": 4, "included": 2,
         "guesses": 4, "right": 2, "tries": [[4, 2, 0.0]], "violated": False,
     }  # fmt: skip
+
+
+# The command
+
+FACTORY = """
+from pathlib import Path
+
+import torch
+from hf_dpvision import DPTrainer, DPTrainingArguments
+
+
+def make(folder, arguments):
+    print("words of the recipe")
+    generator = torch.Generator().manual_seed(0)
+    examples = [
+        {"pixel_values": torch.randn(12, generator=generator), "labels": number % 3} for number in range(80)
+    ]
+    args = DPTrainingArguments(
+        folder, noise_multiplier=float(arguments[0]), target_delta=1e-4, logical_batch_size=40, max_steps=3,
+        use_cpu=True, disable_tqdm=True, self_check=False, accountant="rdp", save_strategy="no",
+    )
+    return DPTrainer(Named(), args, train_dataset=examples)
+
+
+class Named(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(12, 3)
+
+    def forward(self, pixel_values):
+        return self.head(pixel_values)
+
+
+def broken(folder, arguments):
+    return folder
+"""
+
+
+@pytest.fixture
+def factory(tmp_path: Path) -> str:
+    path = tmp_path / "my_recipe.py"
+    path.write_text(FACTORY)
+    return str(path)
+
+
+def test_the_command_prints_claim_bound_and_why_it_is_weak(factory: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["audit", "--canaries", "20", "--confidence", "0.999", f"{factory}:make", "--", "2.0"]) == 0
+    told = capsys.readouterr()
+    for part in ("claimed      epsilon <= ", "with confidence 99.9%", "No violation detected.", "weak", "not covered"):
+        assert part in told.out
+    assert "words of the recipe" in told.err and "words of the recipe" not in told.out
+
+
+def test_the_command_as_json_has_the_counts(factory: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["audit", "--canaries", "20", "--json", f"{factory}:make", "--", "2.0"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["canaries"] == 20 and report["violated"] is False and 0 < report["claimed"] < 20
+    assert not {"scores", "present"} & set(report)
+
+
+def test_a_violation_ends_the_command_with_code_1(
+    factory: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inspection, "best_guesses", lambda *given: (99.0, 20, 20, [(20, 20, 99.0)]))
+    assert cli.main(["audit", "--canaries", "20", f"{factory}:make", "--", "2.0"]) == 1
+    told = capsys.readouterr().out
+    assert "VIOLATION" in told and "No violation" not in told
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("{}", [], "names no function"),
+        ("{}:absent", [], "has no function 'absent'"),
+        ("{}:broken", [], "returned a str and not a DPTrainer"),
+        ("{}.py:make", [], "There is no file"),
+        ("no_such_package:make", [], "cannot be imported"),
+        ("{}:make", ["--confidence", "1"], "no probability"),
+        ("{}:make", ["--canaries", "50"], "50 canaries for 80 examples"),
+    ],
+)
+def test_a_wrong_factory_or_option_ends_with_code_2(
+    factory: str, name: str, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["audit", *options, name.format(factory), "--", "2.0"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_picture_is_a_png_or_its_absence_is_refused_before_training(
+    factory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = str(tmp_path / "audit.png")
+    command = ["audit", "--canaries", "20", "--confidence", "0.999", "--plot", picture, f"{factory}:make", "--", "2.0"]
+    with monkeypatch.context() as patch:
+        patch.setattr(plot.importlib.util, "find_spec", lambda name: None)
+        assert cli.main(command) == 2
+    assert "hf_dpvision[audit]" in capsys.readouterr().err and not (tmp_path / "audit.png").exists()
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra `audit`)")
+    assert cli.main(command) == 0
+    assert (tmp_path / "audit.png").read_bytes().startswith(b"\x89PNG")

@@ -23,6 +23,7 @@ MAX_POINTS = 1_500_000  # grid points x segments: seconds
 _COARSEST = 1e-4  # dp-accounting's default interval, loose when thousands of steps cost little each
 _SMALLEST_SIGMA = 0.02  # below it no usable epsilon exists
 _MOST_STEPS = 10**7  # a step's loss then lies in one cell, which dp-accounting composes in a loop over the steps
+_OVERFLOW = 690.0  # e^709 overflows float64; dp-accounting then loses a term, and its lower end lies above the truth
 _SETTLED = 0.005  # refine until the answer moves by less than this share
 
 
@@ -75,7 +76,7 @@ def epsilon(ledger: Sequence[Event], delta: float, coarser: float = 1.0) -> Boun
     if not math.isfinite(upper):
         raise Declined(f"pld: no finite epsilon at delta={delta:g}")
     lower = 0.0
-    if interval * steps < upper:  # else the optimistic rounding eats all of it
+    if interval * steps < upper < _OVERFLOW:  # else the optimistic rounding eats all of it
         optimistic = _composed(distributions, ledger, interval, pessimistic=False)
         lower = min(upper, max(0.0, optimistic.get_epsilon_for_delta(delta + rounding)))
     return Bounds(lower=lower, estimate=upper, upper=upper, accountant="pld", delta=delta, delta_error=rounding)

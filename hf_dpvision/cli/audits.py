@@ -29,12 +29,12 @@ trained model is thrown away. Exit code 1 if the bound exceeds the claim.
 
 A bound below the claim proves nothing: see what is printed. The trainer comes from a function of yours,
 function(folder, arguments) -> DPTrainer, which returns it untrained, with folder as its output_dir; arguments are
-those behind --.
+those behind --, which come last.
 
 examples:
   hf-dpvision audit recipes/finetune_image_classification.py:audited_trainer
-  hf-dpvision audit my_package.training:make_trainer --canaries 1000 --plot audit.png
-  hf-dpvision audit recipes/finetune_image_classification.py:audited_trainer -- --target_epsilon 8
+  hf-dpvision audit --canaries 1000 --plot audit.png my_package.training:make_trainer
+  hf-dpvision audit --json recipes/finetune_image_classification.py:audited_trainer -- --target_epsilon 8
 """
 _WEAK = (
     "Such an audit is weak. One run gives one answer per canary; the canaries hide one another, most of them are "
@@ -97,9 +97,10 @@ def _function(name: str) -> Callable[[str, list[str]], DPTrainer]:
 def _loaded(file: Path) -> ModuleType:
     if not file.is_file():
         raise ArgumentRefused(f"There is no file {file}.")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
+    name = f"audited_{file.stem}"  # no module that is already there
+    spec = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[file.stem] = module  # where dataclasses, and worker processes, look a module up
+    sys.modules[name] = module  # where dataclasses look themselves up
     spec.loader.exec_module(module)
     return module
 
