@@ -140,7 +140,8 @@ class GradientDescent:
         steps, clip_norm: of the private fits; SGD with momentum 0.9.
         learning_rates: constant ones, by epsilon.
         batch_size: logical; None is the whole data set at every step.
-        plain_steps, plain_learning_rate: of the fit without privacy, which has no noise to fear.
+        plain_steps, plain_learning_rate: of the fit without privacy, which has no noise to fear; everyone takes part
+            in each of its steps, so that nothing random enters.
     """
 
     train: Rows
@@ -170,7 +171,7 @@ class GradientDescent:
             target_epsilon=epsilon,
             disable_dp=not private,
             target_delta=self.delta if private else None,
-            logical_batch_size=min(self.batch_size or size, size),
+            logical_batch_size=min(self.batch_size or size, size) if private else size,
             max_steps=self.steps if private else self.plain_steps,
             learning_rate=self.learning_rates[epsilon] if private else self.plain_learning_rate,
             per_sample_max_grad_norm=self.clip_norm,
