@@ -237,7 +237,9 @@ def report(setting: Setting, files: int, data: int, results: dict[str, dict]) ->
     rows = {
         "row of the pass at which the first process was killed": lambda r: _count(r["died"]),
         "rows that it had kept safe, and that were not kept again": lambda r: _count(r["kept"]),
-        "passes that the second process began, beside the rest of the interrupted one": lambda r: "" if r["died"] is None else str(r["passes"]),
+        "passes that the second process began, beside the rest of the interrupted one": lambda r: (
+            "" if r["died"] is None else str(r["passes"])
+        ),
         "memory of the second process before it began": lambda r: megabytes(r["before"]),
         "its peak memory, files not counted": lambda r: megabytes(r["peak"]),
         "most of the stream on the disk": lambda r: megabytes(r["disk"]),
