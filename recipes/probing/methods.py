@@ -19,6 +19,7 @@ from hf_dpvision.accounting import Bounds, Ledger
 from hf_dpvision.data.features import FeatureExamples
 from hf_dpvision.heads import (
     LinearProbe,
+    Moments,
     class_sums,
     least_squares_head,
     moments,
@@ -117,7 +118,7 @@ class LeastSquares(_OneRelease):
     name = "least squares"
 
     @cached_property
-    def _exact(self):
+    def _exact(self) -> Moments:
         return moments(self.train.features, self.train.labels, self.train.num_classes, self.weight)
 
     def fit(self, epsilon: float | None) -> Fitted:
@@ -186,7 +187,8 @@ class GradientDescent:
         )
 
     def settings(self) -> str:
-        batch = "all examples" if self.batch_size is None else f"{self.batch_size:,} of them on average"
+        size = len(self.train.labels)
+        batch = f"{self.batch_size:,} examples on average" if (self.batch_size or size) < size else "all examples"
         rates = ", ".join(f"{rate:g}" for rate in dict.fromkeys(self.learning_rates.values()))
         if len(set(self.learning_rates.values())) > 1:
             rates = ", ".join(f"{rate:g} at epsilon {epsilon:g}" for epsilon, rate in self.learning_rates.items())
