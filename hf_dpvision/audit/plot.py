@@ -42,5 +42,7 @@ def draw(found: Finding, path: Path) -> None:
         xlabel="guesses", ylabel=f"epsilon at delta = {found.delta:g}", ylim=(0, None), xscale="log",
         title=f"Epsilon, all bounds together with confidence {found.confidence:.0%}",
     )  # fmt: skip
+    bounds.set_xticks(guesses, map(str, guesses))
+    bounds.minorticks_off()  # whose labels would lie on one another
     bounds.legend()
     figure.savefig(path, dpi=110, format="png")

@@ -115,5 +115,5 @@ def best_guesses(
         right = int((~present[order[:side]]).sum() + present[order[-side:]].sum())
         bound = epsilon_lower_bound(m, 2 * side, right, delta, 1 - (1 - confidence) / len(sides))
         tries.append((2 * side, right, bound))
-    guesses, right, bound = max(tries, key=lambda one: one[2])
+    guesses, right, bound = max(tries, key=lambda one: (one[2], one[0]))
     return bound, guesses, right, tries

@@ -72,6 +72,7 @@ def test_the_speed_of_both_generators_is_measured(recipe: ModuleType) -> None:
 
 def test_the_digits_recipe_offers_its_trainer_to_the_audit(recipe: ModuleType, tmp_path: Path) -> None:
     trainer = recipe.audited_trainer(str(tmp_path), [])
-    assert (trainer.args.output_dir, trainer.args.target_epsilon, len(trainer.train_dataset)) == (str(tmp_path), 2, 1437)
+    args = trainer.args
+    assert (args.output_dir, args.target_epsilon, len(trainer.train_dataset)) == (str(tmp_path), 2, 1437)
     assert sum(p.numel() for p in trainer.model.parameters() if p.requires_grad) == 7786
     assert trainer.state.global_step == 0
