@@ -129,7 +129,7 @@ class OwnShardOfTheNoise(FixedRandomness):
             drawn, shapes, world = whole(step), iter(self.shapes), self.world
 
             class Shards:
-                algorithm = drawn.algorithm
+                algorithm, cryptographic = drawn.algorithm, drawn.cryptographic
 
                 def normal(self, shape: tuple[int, ...], std: float) -> torch.Tensor:
                     parts = drawn.normal(next(shapes), std).chunk(world)

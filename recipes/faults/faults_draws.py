@@ -51,8 +51,8 @@ class Shuffled(Sampler):
 class TenPercentMore(Sampler):
     """A sample rate of 1.1 q."""
 
-    def __init__(self, key: bytes, dataset_size: int, sample_rate: float) -> None:
-        super().__init__(key, dataset_size, min(1.0, 1.1 * sample_rate))
+    def __init__(self, key: bytes, dataset_size: int, sample_rate: float, block: int = 1) -> None:
+        super().__init__(key, dataset_size, min(1.0, 1.1 * sample_rate), block)
 
 
 class Truncated(Sampler):
@@ -116,8 +116,8 @@ class Paired(Sampler):
 class PublicKey(Sampler):
     """The key is a constant, or the published seed."""
 
-    def __init__(self, key: bytes, dataset_size: int, sample_rate: float) -> None:
-        super().__init__(FIXED_KEY, dataset_size, sample_rate)
+    def __init__(self, key: bytes, dataset_size: int, sample_rate: float, block: int = 1) -> None:
+        super().__init__(FIXED_KEY, dataset_size, sample_rate, block)
 
 
 class SameOnRanks(Sampler):
@@ -141,8 +141,8 @@ def replayed_after_resume(parts: Parts) -> Parts:
     class Replayed(Sampler):
         """Counts steps from the first one that this process asks for."""
 
-        def __init__(self, _: bytes, dataset_size: int, sample_rate: float) -> None:
-            super().__init__(key, dataset_size, sample_rate)
+        def __init__(self, _: bytes, dataset_size: int, sample_rate: float, block: int = 1) -> None:
+            super().__init__(key, dataset_size, sample_rate, block)
             self._first: int | None = None
 
         def draw(self, step: int) -> np.ndarray:

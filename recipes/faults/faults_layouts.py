@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from hf_dpvision import DPTrainer
+import hf_dpvision.trainer
+from hf_dpvision import DPTrainingArguments
 from hf_dpvision.layouts import Replicated
 
 from .fault import Fault
@@ -52,11 +52,10 @@ class RootShare(RankShare):
 def layout(kind: type[Replicated]) -> Callable[[Parts], Parts]:
     """Inject another layout of the parameters over processes."""
 
-    class Trainer(DPTrainer):
-        def _make_layout(self) -> Replicated:
-            return kind(self._examples_at_once, self.args.rows_per_unit, self.args.device)
+    def layout_of(args: DPTrainingArguments, model: nn.Module, examples_at_once: int, *others: Any) -> Replicated:
+        return kind(examples_at_once, args.rows_per_unit, args.device)
 
-    return lambda parts: replace(parts, trainer=Trainer)
+    return lambda parts: parts.with_patch(hf_dpvision.trainer, "layout_of", layout_of)
 
 
 def same_seed_per_rank(parts: Parts) -> Parts:

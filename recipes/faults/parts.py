@@ -12,6 +12,7 @@ from unittest import mock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import hf_dpvision.drawing
 import hf_dpvision.trainer
 from hf_dpvision import DPTrainer, DPTrainingArguments
 from hf_dpvision.clipping import Clipping
@@ -83,7 +84,7 @@ class Parts:
 
         with ExitStack() as stack:
             stack.enter_context(mock.patch.object(hf_dpvision.trainer, "PrivacyRun", Run))
-            stack.enter_context(mock.patch.object(hf_dpvision.trainer, "PoissonSampler", self.sampler))
+            stack.enter_context(mock.patch.object(hf_dpvision.drawing, "PoissonSampler", self.sampler))
             build = lambda args: parts.clipping(built(args))  # noqa: E731 a method of the arguments for a while
             stack.enter_context(mock.patch.object(DPTrainingArguments, "build_clipping", build))
             stack.enter_context(mock.patch.dict(RULES, self.rules))

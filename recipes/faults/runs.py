@@ -84,7 +84,7 @@ class WatchedSource:
 
     def __init__(self, source: NoiseSource, note: Callable[[], None]) -> None:
         self._source, self._note = source, note
-        self.algorithm = source.algorithm
+        self.algorithm, self.cryptographic = source.algorithm, source.cryptographic
 
     def normal(self, shape: Sequence[int], std: float) -> Tensor:
         """Draw."""

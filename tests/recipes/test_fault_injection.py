@@ -71,13 +71,15 @@ def test_a_run_that_the_package_refuses_is_an_alarm_that_says_so(injection: Modu
 
 
 def test_everything_is_as_before_behind_a_run_with_a_fault(injection: ModuleType) -> None:
+    import hf_dpvision.drawing
     import hf_dpvision.trainer
     from hf_dpvision import DPTrainingArguments
     from hf_dpvision.rules import RULES
 
     def state() -> tuple:
-        trainer = hf_dpvision.trainer
-        return dict(RULES), trainer.PrivacyRun, trainer.PoissonSampler, DPTrainingArguments.build_clipping
+        trainer, drawing = hf_dpvision.trainer, hf_dpvision.drawing
+        patched = (trainer.PrivacyRun, trainer.layout_of, drawing.PoissonSampler)
+        return dict(RULES), patched, DPTrainingArguments.build_clipping
 
     before = state()
     faults = {fault.id: fault for fault in injection.FAULTS}
