@@ -323,3 +323,16 @@ def test_results_of_other_versions_may_differ_by_the_discretisation_only(tmp_pat
     assert "accountant.upper" not in named and "guarantee.epsilon" not in named
     statement["accountant"]["upper"] = statement["guarantee"]["epsilon"] = 2.5
     assert "guarantee.epsilon" in {one.field for one in findings(released(tmp_path, statement))}
+
+
+def test_the_folder_of_a_run_may_hold_what_stays_there_and_says_so(tmp_path, capsys):
+    folder = shutil.copytree(HONEST, tmp_path / "outputs")
+    (folder / "training_args.bin").write_bytes(b"")
+    assert cli.main(["verify", str(folder), "--accountants", "prv"]) == 1
+    assert "training_args.bin: may not be released" in capsys.readouterr().out
+    (folder / "privacy").mkdir(exist_ok=True)
+    (folder / "privacy" / "lock").touch()
+    assert cli.main(["verify", str(folder), "--accountants", "prv"]) == 0
+    said = capsys.readouterr().out
+    assert "push_to_hub leaves out privacy/lock, training_args.bin" in said
+    assert "no other file lies there" not in said

@@ -30,7 +30,7 @@ from .lock import FolderLock
 
 FOLDER = "privacy"
 FILE = "ledger.jsonl"
-_LOCK = "lock"
+LOCK = "lock"
 _FORMAT, _VERSION = "hf_dpvision.journal", 1
 _ORIGIN = "0" * 64
 _KEYS = {
@@ -130,7 +130,7 @@ class Journal:
         self._path = self.folder / FOLDER / FILE
         try:
             _make_folder(self._path.parent)
-            self._lock = FolderLock(self._path.parent / _LOCK)
+            self._lock = FolderLock(self._path.parent / LOCK)
         except OSError as error:
             raise _unwritable(error) from error
         self._descriptor: int | None = None

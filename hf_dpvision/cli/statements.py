@@ -65,8 +65,11 @@ def _told(result: Verification) -> str:
         lower = f"{round_down(bounds.lower)} to " if bounds.lower else "at most "
         lines.append(f"  {name:<9} {lower}{round_up(bounds.upper)}")
     lines += [f"  note: {note}" for note in result.notes]
+    if result.staying:
+        lines.append(f"  note: this is a run's own folder; push_to_hub leaves out {', '.join(result.staying)}")
     if not result.findings:
-        return "\n".join([*lines, "Verified: statement, accountants and card agree, and no other file lies there."])
+        others = "" if result.staying else ", and no other file lies there"
+        return "\n".join([*lines, f"Verified: statement, accountants and card agree{others}."])
     count = len(result.findings)
     verdict = f"NOT verified: {count} difference{'' if count == 1 else 's'}."
     return "\n".join([*lines, verdict, *(f"  {finding}" for finding in result.findings)])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..accounting import Bounds
-from ..accounting.journal import FILE, FOLDER, Mark, read_journal
+from ..accounting.journal import FILE, FOLDER, LOCK, Mark, read_journal
 from ..errors import ArgumentRefused, LedgerRefused
 from ..release import forbidden_files
 from .card import compare_card
@@ -31,12 +31,14 @@ class Verification:
         epsilons: epsilon of its events by each accountant that answered.
         notes: what could not be computed, and why.
         findings: every difference; the statement is verified if there is none.
+        staying: files of a run's own folder that push_to_hub leaves out; of a released folder they are findings.
     """
 
     statement: Mapping[str, Any] | None
     epsilons: Mapping[str, Bounds] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     findings: tuple[Finding, ...] = ()
+    staying: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -46,6 +48,7 @@ class Verification:
             "recomputed": {name: bounds.to_dict() for name, bounds in self.epsilons.items()},
             "notes": list(self.notes),
             "findings": [asdict(finding) for finding in self.findings],
+            "staying": list(self.staying),
         }
 
 
@@ -56,7 +59,8 @@ def verify_folder(
 ) -> Verification:
     """Check the folder of a released model: statement, epsilon, card, ledger, and that nothing else lies there.
 
-    Weights need not be there; they are not read.
+    Weights need not be there; they are not read. The output folder of a run, known by the lock of its ledger, may hold
+    what stays there; that is noted, for whoever copies the folder instead of pushing it.
 
     Args:
         folder: what was, or is to be, released.
@@ -69,17 +73,20 @@ def verify_folder(
     check_accountants(accountants)
     if not folder.is_dir():
         raise ArgumentRefused(f"{str(folder)!r} is not a folder. Give the folder of a saved model, or a Hub id.")
-    findings = [Finding(name, "", "may not be released") for name in forbidden(folder)]
+    others, of_a_run = tuple(forbidden(folder)), (folder / FOLDER / LOCK).exists()
+    staying = others if of_a_run else ()
+    findings = [Finding(name, "", "may not be released") for name in others if not of_a_run]
     findings += _unstated_weights(folder)
     statement, flaws = read_statement(folder / STATEMENT_FILE, STATEMENT_FILE)
     if statement is None:
-        return Verification(None, findings=(*flaws, *findings))
+        return Verification(None, findings=(*flaws, *findings), staying=staying)
     again = recompute(statement, accountants, STATEMENT_FILE)
     if not any(finding.field == "events" for finding in again.findings):
         findings = [*inconsistencies(statement, STATEMENT_FILE), *findings]
         findings += compare_card(folder, statement)
         findings += _ledger(folder, statement)
-    return Verification(statement, again.bounds, again.notes, tuple(dict.fromkeys([*again.findings, *findings])))
+    findings = [*again.findings, *findings]
+    return Verification(statement, again.bounds, again.notes, tuple(dict.fromkeys(findings)), staying)
 
 
 def check_accountants(names: Sequence[str]) -> None:
