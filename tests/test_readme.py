@@ -1,5 +1,6 @@
 """The README's example runs as it stands, on fewer steps."""
 
+import ast
 import math
 import re
 from pathlib import Path
@@ -46,3 +47,16 @@ def test_every_command_of_the_readme_is_accepted(line, capsys):
 
     assert main(line.split("#")[0].split()[1:]) == 0
     assert capsys.readouterr().out
+
+
+def test_every_refusal_of_the_table_is_one_of_the_package():
+    table = re.search(r"<!-- refusals -->\n(.*?)<!-- end -->", (ROOT / "README.md").read_text(), re.S).group(1)
+    quoted = re.findall(r"^\| `([^`]+)` \|", table, re.M)
+    texts = [
+        node.value
+        for file in (ROOT / "hf_dpvision").rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    assert len(quoted) == 10
+    assert [one for one in quoted if not any(one in text for text in texts)] == []
