@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import hf_dpvision.capture
 import hf_dpvision.guards
 from hf_dpvision import DPTrainer
-from hf_dpvision.clipping import Automatic, Clipping
+from hf_dpvision.clipping import Automatic, Style
 from hf_dpvision.dpsgd import batch_size
 from hf_dpvision.layouts import Replicated
 from hf_dpvision.sampling import LogicalBatch
@@ -25,10 +25,10 @@ from .models import WithBatchStatistics
 from .parts import Parts, example_losses
 
 
-class Clipped:
+class Clipped(Style):
     """A clipping style whose factors come from a function of the honest style and the squared norms."""
 
-    def __init__(self, honest: Clipping, factors: Callable[[Clipping, Tensor], Tensor]) -> None:
+    def __init__(self, honest: Style, factors: Callable[[Style, Tensor], Tensor]) -> None:
         self.honest, self._factors = honest, factors
 
     def factors(self, squared_norms: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ class Clipped:
         return self.honest.sensitivity()
 
 
-def factors(function: Callable[[Clipping, Tensor], Tensor]) -> Callable[[Parts], Parts]:
+def factors(function: Callable[[Style, Tensor], Tensor]) -> Callable[[Parts], Parts]:
     """Inject other factors."""
     return lambda parts: replace(parts, clipping=lambda honest: Clipped(honest, function))
 
@@ -51,7 +51,7 @@ class Stale:
     def __init__(self) -> None:
         self._last: Tensor | None = None
 
-    def __call__(self, honest: Clipping, squared: Tensor) -> Tensor:
+    def __call__(self, honest: Style, squared: Tensor) -> Tensor:
         last, self._last = self._last, squared
         usable = last is not None and len(last) == len(squared)
         return honest.factors(last if usable else squared)
@@ -74,7 +74,7 @@ def understated(parts: Parts) -> Parts:
     return replace(parts, clipping=lambda honest: Understated(honest, lambda style, squared: style.factors(squared)))
 
 
-def by_median(honest: Clipping, squared: Tensor) -> Tensor:
+def by_median(honest: Style, squared: Tensor) -> Tensor:
     """Normalise to C times the ratio of the batch's median norm to that of most."""
     norms = squared.sqrt()
     return honest.sensitivity() * torch.clamp(norms.median() / norms.clamp_min(1e-12), max=1.0)
