@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import hf_dpvision.capture
 import hf_dpvision.guards
 from hf_dpvision import DPTrainer
-from hf_dpvision.clipping import Automatic, Style
+from hf_dpvision.clipping import Automatic, Groups, Style
 from hf_dpvision.dpsgd import batch_size
 from hf_dpvision.layouts import Replicated
 from hf_dpvision.sampling import LogicalBatch
@@ -43,6 +43,31 @@ class Clipped(Style):
 def factors(function: Callable[[Style, Tensor], Tensor]) -> Callable[[Parts], Parts]:
     """Inject other factors."""
     return lambda parts: replace(parts, clipping=lambda honest: Clipped(honest, function))
+
+
+class Unguarded(Groups):
+    """Groups that take the factors of their styles as they come."""
+
+    def factors(self, squared_norms: Tensor) -> Tensor:
+        columns = zip(self.styles, squared_norms.unbind(1), strict=True)
+        return torch.stack([style.factors(squared) for style, squared in columns], 1)
+
+
+class WithoutGuard(Clipped):
+    """Neither the style nor its groups look whether a norm is finite."""
+
+    def over(self, sizes: Mapping[str, int]) -> Groups:
+        honest = super().over(sizes)
+        return Unguarded(honest.columns, honest.names, honest.styles)
+
+
+def unguarded(parts: Parts) -> Parts:
+    """Inject factors that are not finite where a norm is not."""
+
+    def factor(style: Style, squared: Tensor) -> Tensor:
+        return style.sensitivity() / squared.sqrt().clamp_min(style.sensitivity())
+
+    return replace(parts, clipping=lambda honest: WithoutGuard(honest, factor))
 
 
 class Stale:
@@ -192,8 +217,7 @@ FAULTS = (
     Fault("clip-norm-bfloat16", "norms rounded to bfloat16", "sensitivity",
           factors(lambda style, squared: style.factors(squared.bfloat16().float()))),
     Fault("clip-batch-median", "threshold from the median norm of the batch", "sum-ghost", factors(by_median)),
-    Fault("clip-no-nan-guard", "a norm that is not finite gives a factor that is not", "not-finite",
-          factors(lambda style, squared: style.sensitivity() / squared.sqrt().clamp_min(style.sensitivity()))),
+    Fault("clip-no-nan-guard", "a norm that is not finite gives a factor that is not", "not-finite", unguarded),
     Fault("clip-automatic-bound", "automatic clipping states half of its bound", "noise-scale", understated),
     Fault("sum-rescaled", "the clipped sum is shortened before the noise, as by max_grad_norm", "sum-ghost",
           mechanism(RescaledSum), "OP under Trainer"),
