@@ -37,15 +37,15 @@ class Lora:
     targets: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or not self.scale > 0:
+        if self.rank < 1 or not self.chosen_alpha > 0:
             raise ArgumentRefused(
                 f"lora_rank={self.rank!r} and lora_alpha={self.alpha!r}: both are positive, or there is nothing to "
                 "train. Ranks from 4 to 32 are usual, and alpha twice the rank."
             )
 
     @property
-    def scale(self) -> float:
-        """alpha."""
+    def chosen_alpha(self) -> float:
+        """alpha, also where it was left out."""
         return 2 * self.rank if self.alpha is None else self.alpha
 
 
@@ -69,7 +69,7 @@ def with_adapters(model: PreTrainedModel, lora: Lora, pixels: Tensor) -> nn.Modu
     head = _head_modules(model)
     targets = _targets(model, lora, head, _layers_that_run(model, pixels))
     config = LoraConfig(
-        r=lora.rank, lora_alpha=lora.scale, lora_dropout=0.0, bias="none", target_modules=targets, modules_to_save=head
+        r=lora.rank, lora_alpha=lora.chosen_alpha, lora_dropout=0.0, bias="none", target_modules=targets, modules_to_save=head
     )
     return get_peft_model(model, config)
 

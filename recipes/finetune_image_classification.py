@@ -113,6 +113,10 @@ class ModelArguments:
         None, "BatchNorm mixes examples: replace it by GroupNorm (group) or use its stored statistics (freeze)."
     )
 
+    def __post_init__(self) -> None:
+        if self.train_layers != LORA:
+            chosen_layers(self.train_layers)  # refuses an unknown name before anything is loaded
+
 
 @dataclass
 class DataTrainingArguments:

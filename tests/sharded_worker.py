@@ -21,8 +21,8 @@ from hf_dpvision.sharding import Sharding
 
 
 FLAT = clipping.Flat(5.0)
-PER_LAYER = clipping.PerGroup(FLAT)
-BY_LAYER = ("beit", "swinv2", "resnetv2_bit", "transformers_vit")  # these also by layer
+PER_LAYER = clipping.PerGroup(FLAT, shares=clipping.Shares.SIZE)
+BY_LAYER = ("beit", "resnetv2_bit", "transformers_vit")  # these also by layer
 SHARES = {0: [0, 2], 1: [1]}  # of the three examples
 
 

@@ -154,6 +154,8 @@ def test_last_blocks_and_adapters_are_trained_and_released_in_an_ordinary_model(
 
 
 def test_adapters_and_merged_weights_do_not_share_a_repository(recipe, workplace):
+    with pytest.raises(ArgumentRefused, match="train_layers='last'"):
+        _run(recipe, workplace, "--train_layers", "last")
     words = ["--output_dir", str(workplace / "x"), "--train_layers", "lora", "--push_to_hub", "true"]
     with pytest.raises(ArgumentRefused, match="hub_strategy='end'"):
         _run(recipe, workplace, *words)
