@@ -69,7 +69,12 @@ def with_adapters(model: PreTrainedModel, lora: Lora, pixels: Tensor) -> nn.Modu
     head = _head_modules(model)
     targets = _targets(model, lora, head, _layers_that_run(model, pixels))
     config = LoraConfig(
-        r=lora.rank, lora_alpha=lora.chosen_alpha, lora_dropout=0.0, bias="none", target_modules=targets, modules_to_save=head
+        r=lora.rank,
+        lora_alpha=lora.chosen_alpha,
+        lora_dropout=0.0,
+        bias="none",
+        target_modules=targets,
+        modules_to_save=head,
     )
     return get_peft_model(model, config)
 
