@@ -3,6 +3,9 @@
 A parameter that enters one use as it is (or merely re-arranged) has its norm taken as soon as the backward pass
 delivers it. Parameters that are used several times, tied, or computed from others are settled together afterwards:
 one example's gradient is the sum over all uses, pulled back to the parameters.
+
+Norms have a column per group of parameters (see `clipping.Groups`), and so have factors. A tensor that is computed
+from parameters of several groups is pulled back to each of them.
 """
 
 from __future__ import annotations
@@ -12,11 +15,12 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
+from .clipping import finite_examples
 from .rules.affine import Affine
 from .rules.cost import Choice, NormRule, choose
 from .rules.gradients import PerExampleGradient, squared_rows, wide
 from .rules.planner import Planner
-from .uses import Slot, Uses
+from .uses import Slot, Theta, Uses
 
 
 def clusters(slots: Iterable[Slot]) -> list[list[Slot]]:
@@ -39,25 +43,37 @@ class Collector:
         backward_passes: with 1 the gradients are held for `weighted_sums`; with 2 only norms leave this object.
         planner: chooses for each use and computes its norms.
         saved_bytes: what the forward pass saved, for the planner's bound.
+        columns: the group of every trainable parameter, 0 to m-1.
 
     Attributes:
         backward_passes: as given, or 2 where one pass would hold too much.
     """
 
     def __init__(
-        self, uses: Uses, norm_rule: NormRule, backward_passes: int, planner: Planner, saved_bytes: int
+        self,
+        uses: Uses,
+        norm_rule: NormRule,
+        backward_passes: int,
+        planner: Planner,
+        saved_bytes: int,
+        columns: Mapping[str, int],
     ) -> None:
-        self._uses, self._norm_rule, self._planner = uses, norm_rule, planner
+        self._uses, self._norm_rule, self._planner, self._columns = uses, norm_rule, planner, columns
         self._joint: dict[Slot, list[Slot]] = {}  # those not alone, until their cluster is settled
         for members in clusters(uses.slots):
-            if len(members) > 1 or not members[0].theta.isometric:
+            if len(members) > 1 or not self._norm_carries_over(members[0].theta):
                 self._joint |= dict.fromkeys(members, members)
         alone = [slot for slot in uses.slots if slot not in self._joint]
         plan = planner.plan(alone, uses.n, norm_rule, backward_passes, saved_bytes)
         self._choices, self.backward_passes = plan.choices, plan.backward_passes
         first = next(iter(uses.parameters.values()))
-        self._squared = torch.zeros(uses.n, dtype=wide(first.dtype), device=first.device)
+        groups = max(columns.values()) + 1
+        self._squared = torch.zeros(uses.n, groups, dtype=wide(first.dtype), device=first.device)
         self._held: dict[Slot, PerExampleGradient] = {}
+
+    def _norm_carries_over(self, theta: Theta) -> bool:
+        """Whether the norm of a tensor's gradient is that of its parameters', all of one group."""
+        return theta.isometric and len(_groups_of(theta, self._columns)) == 1
 
     def receive(self, slot: Slot, gradient: PerExampleGradient) -> None:
         """Take one use's gradients during the backward pass."""
@@ -72,12 +88,12 @@ class Collector:
 
     def _take(self, slot: Slot, gradient: PerExampleGradient) -> None:
         squared, gradient = self._planner.norms(slot, gradient, self._choices.get(slot))
-        self._squared += squared
+        self._add(slot.theta, squared)
         if self.backward_passes == 1:
             self._held[slot] = gradient
 
     def squared_norms(self) -> Tensor:
-        """Squared norms `[n]` over all trainable parameters; call once, after the backward pass."""
+        """Squared norms `[n, m]` over the parameters of each group; call once, after the backward pass."""
         while self._joint:  # uses that no gradient reached keep their clusters open until now
             self._settle(next(iter(self._joint.values())))
         return self._squared
@@ -90,24 +106,35 @@ class Collector:
     def _settle(self, members: list[Slot]) -> None:
         delivered = [slot for slot in members if slot in self._held]
         if delivered:
-            self._squared += self._joint_squared_norms(delivered)
+            self._take_together(delivered)
         for slot in members:
             del self._joint[slot]
             if self.backward_passes == 2:
                 self._held.pop(slot, None)
 
-    def _joint_squared_norms(self, members: list[Slot]) -> Tensor:
+    def _add(self, theta: Theta, squared: Tensor) -> None:
+        """Count squared norms `[n]` in the one group that all parameters behind a tensor belong to."""
+        (column,) = _groups_of(theta, self._columns)
+        self._squared[:, column] += squared
+
+    def _take_together(self, members: list[Slot]) -> None:
         gradients = [self._held[slot] for slot in members]
         theta = members[0].theta
-        if theta.isometric and all(slot.theta.tensor is theta.tensor for slot in members):
-            if all(isinstance(gradient, Affine) for gradient in gradients):
-                return self._affine_squared_norms(members, gradients)
-            return squared_rows(sum(gradient.instantiate() for gradient in gradients))
+        if self._norm_carries_over(theta) and all(slot.theta.tensor is theta.tensor for slot in members):
+            affine = all(isinstance(gradient, Affine) for gradient in gradients)
+            squared = (
+                self._affine_squared_norms(members, gradients)
+                if affine
+                else squared_rows(sum(gradient.instantiate() for gradient in gradients))
+            )
+            self._add(theta, squared)
+            return
         per_parameter: dict[str, Tensor] = {}
         for slot, gradient in zip(members, gradients, strict=True):
             for name, pulled in self._pull_back(slot, gradient).items():
                 per_parameter[name] = per_parameter[name] + pulled if name in per_parameter else pulled
-        return sum(squared_rows(pulled) for pulled in per_parameter.values())
+        for name, pulled in per_parameter.items():
+            self._squared[:, self._columns[name]] += squared_rows(pulled)
 
     def _affine_squared_norms(self, members: list[Slot], gradients: list[Affine]) -> Tensor:
         joined = Affine.joined(gradients)
@@ -133,12 +160,12 @@ class Collector:
         return {name: grad for name, grad in zip(names, found, strict=True) if grad is not None}
 
     def weighted_sums(self, factors: Tensor) -> dict[str, Tensor]:
-        """`sum_n factors[n] * gradient[n]` for every trainable parameter; releases what is held.
+        """`sum_n factors[n, k] * gradient[n]` for every trainable parameter of group k; releases what is held.
 
         An example whose norm is not finite has factor 0, and its entries are removed beforehand (0 * NaN is NaN).
         """
         sums = Sums(self._uses)
-        summer = Summer(self._uses, factors, torch.isfinite(self._squared), sums.add)
+        summer = Summer(self._uses, self._columns, factors, finite_examples(self._squared), sums.add)
         for slot in list(self._held):
             summer.receive(slot, self._held.pop(slot))
         return sums.complete()
@@ -149,29 +176,50 @@ class Summer:
 
     Args:
         uses: what the forward pass recorded.
-        factors: `[n]`.
+        columns: the group of every trainable parameter.
+        factors: `[n, m]`, one for each example and group.
         finite: `[n]`, false for examples that must contribute exactly nothing.
         add: receives one parameter's name and a share of its sum, float32 or better.
     """
 
-    def __init__(self, uses: Uses, factors: Tensor, finite: Tensor, add: Callable[[str, Tensor], None]) -> None:
-        self._uses, self._factors, self._finite, self._add = uses, factors, finite, add
+    def __init__(
+        self,
+        uses: Uses,
+        columns: Mapping[str, int],
+        factors: Tensor,
+        finite: Tensor,
+        add: Callable[[str, Tensor], None],
+    ) -> None:
+        self._uses, self._columns, self._finite, self._add = uses, columns, finite, add
+        self._factors = factors.unbind(1)
         self._all_finite = bool(finite.all())
 
     def receive(self, slot: Slot, gradient: PerExampleGradient) -> None:
         """Add one use's share."""
         if not self._all_finite:
             gradient = gradient.kept(self._finite)
-        theta, names = slot.theta.tensor, sorted(slot.theta.sources)
-        share = gradient.weighted_sum(self._factors).view(theta.shape)
-        if theta.is_leaf:
-            self._add(names[0], share)
-            return
+        theta = slot.theta.tensor
+        for column, names in _groups_of(slot.theta, self._columns).items():
+            share = gradient.weighted_sum(self._factors[column]).view(theta.shape)
+            if theta.is_leaf:
+                self._add(names[0], share)
+            else:
+                self._add_pulled_back(theta, names, share)
+
+    def _add_pulled_back(self, theta: Tensor, names: list[str], share: Tensor) -> None:
         parameters = [self._uses.parameters[name] for name in names]
         found = torch.autograd.grad(theta, parameters, share.to(theta.dtype), retain_graph=True, allow_unused=True)
         for name, grad in zip(names, found, strict=True):
             if grad is not None:
                 self._add(name, grad.to(wide(grad.dtype)))
+
+
+def _groups_of(theta: Theta, columns: Mapping[str, int]) -> dict[int, list[str]]:
+    """The groups that the parameters behind a tensor belong to, and their names in each."""
+    found: dict[int, list[str]] = {}
+    for name in sorted(theta.sources):
+        found.setdefault(columns[name], []).append(name)
+    return found
 
 
 class Sums:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .capture import Captured, capture
-from .clipping import Clipping
+from .clipping import Clipping, Flat, Groups, finite_examples
 from .collector import Collector, Summer, Sums, zeros
 from .errors import ArgumentRefused, CaptureError, DataRefused
 from .rules import rule_for
@@ -35,7 +35,7 @@ class ClippedGradient:
     Attributes:
         gradients: qualified parameter name -> sum over examples of the clipped gradients, float32 or better; a key for
             every trainable parameter, zeros where it was not used.
-        norms: gradient norms before clipping, `[n]`. They are private: do not log them.
+        norms: gradient norms before clipping, over all trainable parameters, `[n]`. They are private: do not log them.
     """
 
     gradients: dict[str, Tensor]
@@ -65,7 +65,7 @@ def clipped_gradient(
         per_example_loss: `per_example_loss(model, batch) -> Tensor [n]`, one loss per example, computed from that
             example alone.
         batch: mapping or tuple of tensors whose first dimension is `n`.
-        clipping: `clipping.Flat(C)` or `clipping.Automatic()`.
+        clipping: `clipping.Flat(C)`, `clipping.Automatic()`, or `clipping.PerGroup` of one of them.
         norm_rule: "auto" (our cost model), "mixed" (the paper's rule), "ghost" or "instantiate". Same result, other
             time and memory.
         backward_passes: 1 holds activations and output gradients for the sum; 2 is the paper's algorithm. Same result.
@@ -80,7 +80,8 @@ def clipped_gradient(
     contributes exactly zero.
 
     Raises:
-        ArgumentRefused: `norm_rule` or `backward_passes` is none of the above, or `memory_bound` is not positive.
+        ArgumentRefused: `norm_rule` or `backward_passes` is none of the above, `memory_bound` is not positive, or
+            the groups of `clipping` leave a parameter out.
         DataRefused: the tensors of `batch` disagree about `n`, or the losses do not have shape `[n]`.
         MixingRefused: an operation lets examples influence one another, or hides which row is whose.
         CaptureError: a trainable parameter was used in a way that cannot be seen, or none was used.
@@ -94,20 +95,21 @@ def clipped_gradient(
         return ClippedGradient(zeros(parameters), torch.zeros(0))
     forward, losses = _captured_losses(model, per_example_loss, batch, n)
     with _full_precision(losses):
-        collector = _collector(forward, rule, backward_passes, planner or Planner(memory_bound))
+        groups = _groups(clipping, forward)
+        collector = _collector(forward, rule, backward_passes, planner or Planner(memory_bound), groups)
         forward.backward(losses, collector.receive, retain=collector.backward_passes == 2)
         squared_norms = collector.squared_norms()
-        factors = clipping.factors(squared_norms)
+        factors = groups.factors(squared_norms)
         if collector.backward_passes == 1:
             gradients = collector.weighted_sums(factors)
         else:
             # The factors enter where the gradients are summed, so that these are the very ones whose norms are known:
             # weighted losses would be rounded differently on their way back, in bfloat16 by more than a percent.
             sums = Sums(forward.uses)
-            summer = Summer(forward.uses, factors, torch.isfinite(squared_norms), sums.add)
+            summer = Summer(forward.uses, groups.columns, factors, finite_examples(squared_norms), sums.add)
             forward.backward(losses, summer.receive, retain=False)
             gradients = sums.complete()
-    return ClippedGradient(gradients, squared_norms.sqrt())
+    return ClippedGradient(gradients, squared_norms.sum(1).sqrt())
 
 
 def add_clipped_gradient_to_shards(
@@ -141,7 +143,8 @@ def add_clipped_gradient_to_shards(
     """
     forward, losses = _captured_losses(model, per_example_loss, batch, batch_size(batch, rows))
     with _full_precision(losses):
-        collector = _collector(forward, _checked(norm_rule, 2), 2, Planner())
+        groups = _groups(clipping, forward)
+        collector = _collector(forward, _checked(norm_rule, 2), 2, Planner(), groups)
         forward.backward(losses, collector.receive, retain=True)
         if unsettled := collector.unsettled():
             raise CaptureError(
@@ -150,9 +153,10 @@ def add_clipped_gradient_to_shards(
             )
         squared_norms = collector.squared_norms()
         add = partial(_add_to_gathered, forward.uses.parameters)
-        summer = Summer(forward.uses, clipping.factors(squared_norms), torch.isfinite(squared_norms), add)
+        factors, finite = groups.factors(squared_norms), finite_examples(squared_norms)
+        summer = Summer(forward.uses, groups.columns, factors, finite, add)
         forward.backward(losses, summer.receive, retain=False)
-    return squared_norms.sqrt()
+    return squared_norms.sum(1).sqrt()
 
 
 def _add_to_gathered(parameters: Mapping[str, nn.Parameter], name: str, share: Tensor) -> None:
@@ -180,13 +184,20 @@ def per_example_norms(
         return torch.zeros(0)
     forward, losses = _captured_losses(model, per_example_loss, batch, n)
     with _full_precision(losses):
-        collector = _collector(forward, rule, 2, Planner())
+        collector = _collector(forward, rule, 2, Planner(), _groups(Flat(1.0), forward))
         forward.backward(losses, collector.receive, retain=False)
-        return collector.squared_norms().sqrt()
+        return collector.squared_norms().sum(1).sqrt()
 
 
-def _collector(forward: Captured, rule: NormRule, backward_passes: int, planner: Planner) -> Collector:
-    return Collector(forward.uses, rule, backward_passes, planner, forward.interception.saved_bytes())
+def _groups(clipping: Clipping, forward: Captured) -> Groups:
+    return clipping.over({name: parameter.numel() for name, parameter in forward.uses.parameters.items()})
+
+
+def _collector(
+    forward: Captured, rule: NormRule, backward_passes: int, planner: Planner, groups: Groups
+) -> Collector:
+    saved_bytes = forward.interception.saved_bytes()
+    return Collector(forward.uses, rule, backward_passes, planner, saved_bytes, groups.columns)
 
 
 def _full_precision(like: Tensor) -> torch.autocast:

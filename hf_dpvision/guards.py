@@ -91,6 +91,16 @@ def refuse_model(model: nn.Module) -> None:
     _refuse_running_statistics(model)
 
 
+def refuse_clipping(model: nn.Module, args: DPTrainingArguments) -> None:
+    """Raise if the groups of parameters that are to be clipped leave one out.
+
+    Raises:
+        ArgumentRefused: naming the parameter.
+    """
+    if not args.disable_dp:
+        args.build_clipping().over({name: p.numel() for name, p in model.named_parameters() if p.requires_grad})
+
+
 def refuse_resuming_shards(model: nn.Module, resume_from_checkpoint: str | bool | None) -> None:
     """Raise if a checkpoint is to be loaded into a model that an earlier `train()` has spread over processes.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .accounting import Ledger
 from .accounting.journal import Journal
-from .clipping import Clipping
+from .clipping import Clipping, Style
 from .dpsgd import PerExampleLoss, add_clipped_gradient_to_shards, clipped_gradient
 from .errors import BudgetExceeded
 from .noise import NoiseSource, add_noise
@@ -101,7 +101,7 @@ class Mechanism(Protocol):
         """Return what may be released of the sums over one logical batch; called once per step, in one process."""
 
 
-class _Excluded:
+class _Excluded(Style):
     """Clipping for examples that must contribute nothing."""
 
     def factors(self, squared_norms: Tensor) -> Tensor:

@@ -149,7 +149,7 @@ def facts_of(args: DPTrainingArguments, dataset_size: int, model: nn.Module, sec
         "target_epsilon": None if target is None else float(target),
         "target_delta": float(args.target_delta),
         "accountant": args.accountant,
-        "clipping": args.clipping,
+        "clipping": args.clipping_facts(),
         "per_sample_max_grad_norm": float(args.per_sample_max_grad_norm),
         **_unit(args),
         "trainable_parameters": _trainable(model),

@@ -59,6 +59,7 @@ class Rehearsal:
                     _in_full_precision(model),
                     self._loss,
                     examples,
+                    clipping=self._args.build_clipping(),
                     norm_rule=self._args.norm_rule,
                     backward_passes=self._args.backward_passes,
                     rows=self._args.rows_per_unit,
@@ -71,8 +72,8 @@ class Rehearsal:
         model.train()
         examples = self.examples(1, next(model.parameters()).device)
         return checked_sharding(
-            model, self._loss, examples, device=self._args.device, norm_rule=self._args.norm_rule,
-            rows=self._args.rows_per_unit,
+            model, self._loss, examples, device=self._args.device, clipping=self._args.build_clipping(),
+            norm_rule=self._args.norm_rule, rows=self._args.rows_per_unit,
         )  # fmt: skip
 
     def largest_batch(self, model: nn.Module, dataset_size: int) -> int:

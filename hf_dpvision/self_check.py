@@ -18,7 +18,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from .clipping import Flat
+from .clipping import Clipping, Flat
 from .dpsgd import Batch, PerExampleLoss, add_clipped_gradient_to_shards, batch_size, clipped_gradient
 from .errors import MixingRefused, ModelRefused
 from .rules.cost import NormRule
@@ -37,6 +37,7 @@ _CONSTANTS = {
 }
 
 
+_FLAT = Flat(1.0)
 _LARGER = (
     "Parameters are probably used while their block does not run: name larger blocks in "
     "fsdp_config['transformer_layer_cls_to_wrap'], or leave fsdp off."
@@ -68,6 +69,7 @@ def self_check(
     per_example_loss: PerExampleLoss,
     batch: Batch,
     *,
+    clipping: Clipping = _FLAT,
     norm_rule: NormRule | str = NormRule.AUTO,
     backward_passes: int = 1,
     rows: int = 1,
@@ -76,12 +78,14 @@ def self_check(
     """Compare clipped gradients with a loop over single examples, on a copy of the model.
 
     The copy's trainable parameters are perturbed, so that layers initialised to zero are checked too; random
-    draws of the forward pass are made constant, so that both sides see the same function.
+    draws of the forward pass are made constant, so that both sides see the same function. Losses are multiplied so
+    that the middle one of the norms is C: some examples are clipped then, and some are not.
 
     Args:
         model: checked as it is (training or evaluation mode), never written to.
         per_example_loss: as for `clipped_gradient`.
         batch: two or three *random* examples of the data's shape.
+        clipping: as for training.
         norm_rule: as for training, so that the kernels that will run are the ones that are checked.
         backward_passes: as for training.
         rows: of `batch` that make one example, as for `clipped_gradient`.
@@ -93,7 +97,8 @@ def self_check(
     Edge cases: a gradient of exactly zero on both sides agrees.
 
     Raises:
-        ModelRefused: the two disagree, or a forward pass changes a buffer.
+        ModelRefused: the two disagree, a forward pass changes a buffer, or one example could contribute more than
+            `clipping.sensitivity()`.
         MixingRefused: an example's gradient depends on the other examples.
         CaptureError: a trainable parameter escapes the interception.
     """
@@ -103,12 +108,14 @@ def self_check(
     copied = _perturbed_copy(model)
     buffers = {name: buffer.clone() for name, buffer in copied.named_buffers()}
     with _Deterministic():
-        norms, total, clip_norm = _loop(copied, per_example_loss, batch, n, rows)
+        gradients = _loop(copied, per_example_loss, batch, n, rows)
+        scale = clipping.sensitivity() / float(_norms(gradients).median().clamp(min=1e-12))
+        gradients = [{name: scale * grad for name, grad in one.items()} for one in gradients]
         ours = clipped_gradient(
-            copied, per_example_loss, batch,
-            clipping=Flat(clip_norm), norm_rule=norm_rule, backward_passes=backward_passes,
-            rows=rows,
+            copied, lambda m, b: scale * per_example_loss(m, b), batch,
+            clipping=clipping, norm_rule=norm_rule, backward_passes=backward_passes, rows=rows,
         )  # fmt: skip
+    norms, total = _norms(gradients), _clipped_sum(gradients, clipping)
     changed = [name for name, buffer in copied.named_buffers() if not torch.equal(buffer, buffers[name])]
     if changed:
         raise ModelRefused(
@@ -132,6 +139,7 @@ def checked_sharding(
     batch: Batch,
     *,
     device: torch.device,
+    clipping: Clipping = _FLAT,
     norm_rule: NormRule | str = NormRule.AUTO,
     rows: int = 1,
     tolerance: float = 1e-3,
@@ -140,24 +148,23 @@ def checked_sharding(
 
     Args:
         model: whole at first, sharded at the end, with its parameters as they were. Every process takes part.
-        per_example_loss, norm_rule, rows, tolerance: as for `self_check`.
+        per_example_loss, clipping, norm_rule, rows, tolerance: as for `self_check`.
         batch: random examples, the same on every process, where the whole model is.
         device: where the shards are.
 
     Raises:
         ModelRefused: the two disagree, for example because a block's parameters are used while it does not run.
     """
-    style = Flat(1.0)
     with _Deterministic():
         whole = clipped_gradient(
-            model, per_example_loss, batch, clipping=style, norm_rule=norm_rule, rows=rows
+            model, per_example_loss, batch, clipping=clipping, norm_rule=norm_rule, rows=rows
         ).gradients
     yield
     moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     try:
         with _Deterministic():
             add_clipped_gradient_to_shards(
-                model, per_example_loss, moved, clipping=style, norm_rule=norm_rule, rows=rows
+                model, per_example_loss, moved, clipping=clipping, norm_rule=norm_rule, rows=rows
             )
     except RuntimeError as error:
         raise ModelRefused(f"{type(model).__name__} cannot be spread over processes: {error} {_LARGER}") from error
@@ -201,8 +208,8 @@ def _perturbed_copy(model: nn.Module) -> nn.Module:
 
 def _loop(
     model: nn.Module, per_example_loss: PerExampleLoss, batch: Batch, n: int, rows: int
-) -> tuple[Tensor, dict[str, Tensor], float]:
-    """Norms `[n]`, the clipped sum and the clip norm used (the middle norm), by ordinary autograd, one by one.
+) -> list[dict[str, Tensor]]:
+    """Every single example's gradients by parameter, float64, by ordinary autograd, one by one.
 
     Each example is run twice in one batch and the mean taken: some CPU kernels are wrong for a batch of one.
     """
@@ -213,18 +220,41 @@ def _loop(
         # by edges, so that random draws are constant as well where activation checkpointing runs a block again
         end, *leaves = map(get_gradient_edge, (losses.mean(), *parameters.values()))
         found = torch.autograd.grad([end], leaves, allow_unused=True)
-        gradients.append([
-            torch.zeros_like(p, dtype=torch.float64) if grad is None else grad.double()
-            for p, grad in zip(parameters.values(), found, strict=True)
-        ])  # fmt: skip
-    norms = torch.stack([sum(grad.square().sum() for grad in grads).sqrt() for grads in gradients])
-    clip_norm = float(norms.median().clamp(min=1e-12))
-    factors = (clip_norm / norms.clamp(min=1e-30)).clamp(max=1.0)
-    total = {
-        name: sum(factor * grads[j] for factor, grads in zip(factors, gradients, strict=True))
-        for j, name in enumerate(parameters)
+        gradients.append({
+            name: torch.zeros_like(p, dtype=torch.float64) if grad is None else grad.double()
+            for (name, p), grad in zip(parameters.items(), found, strict=True)
+        })  # fmt: skip
+    return gradients
+
+
+def _norms(gradients: list[dict[str, Tensor]]) -> Tensor:
+    """Norms `[n]` over all parameters."""
+    return torch.stack([sum(grad.square().sum() for grad in one.values()).sqrt() for one in gradients])
+
+
+def _clipped_sum(gradients: list[dict[str, Tensor]], clipping: Clipping) -> dict[str, Tensor]:
+    """Clip every example's gradients group by group, and add them up.
+
+    Raises:
+        ModelRefused: what is left of an example is longer than the clipping states.
+    """
+    groups = clipping.over({name: grad.numel() for name, grad in gradients[0].items()})
+    squared = gradients[0][next(iter(gradients[0]))].new_zeros(len(gradients), len(groups.styles))
+    for i, one in enumerate(gradients):
+        for name, grad in one.items():
+            squared[i, groups.columns[name]] += grad.square().sum()
+    factors = groups.factors(squared)
+    longest, bound = float((factors.square() * squared).sum(1).sqrt().max()), clipping.sensitivity()
+    if longest > bound * (1 + 1e-6):
+        raise ModelRefused(
+            f"{type(clipping).__name__}: clipped to its groups, one example contributes {longest:.6g} where "
+            f"{bound:.6g} is stated and covered by noise. The squares of the groups' bounds must add up to at most "
+            "that of the stated one."
+        )
+    return {
+        name: sum(factor[column] * one[name] for factor, one in zip(factors, gradients, strict=True))
+        for name, column in groups.columns.items()
     }
-    return norms, total, clip_norm
 
 
 def _twice(batch: Batch, i: int, rows: int) -> Batch:

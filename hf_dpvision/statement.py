@@ -138,7 +138,7 @@ def make_statement(run: RunRecord, model: nn.Module) -> dict[str, Any]:
             "cryptographic": run.cryptographic,
             "floating_point_protection": "none",
         },
-        "clipping": _clipping(run),
+        "clipping": _clipping(run, model),
         "steps": run.ledger.steps,
         "events": [
             {"sample_rate": e.sample_rate, "noise_multiplier": e.noise_multiplier, "steps": e.steps}
@@ -200,18 +200,22 @@ def _accountant(bounds: Bounds) -> dict[str, Any]:
     }
 
 
-def _clipping(run: RunRecord) -> dict[str, Any] | None:
+def _clipping(run: RunRecord, model: nn.Module) -> dict[str, Any] | None:
     if run.without_privacy:
         return None
-    return {
+    stated = {
         "bound": run.args.per_sample_max_grad_norm,
         "sensitivity": run.clipping.sensitivity(),
         "norm": "l2",
-        "granularity": "global",
-        "function": run.args.clipping,
+        "granularity": run.args.clipping_granularity,
+        "function": run.args.clipping_function,
         "norm_rule": run.args.norm_rule.value,
         "backward_passes": run.args.backward_passes,
     }
+    if not run.args.clips_groups:
+        return stated
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return stated | {"groups": run.clipping.over(sizes).bounds()}
 
 
 def _trainable(model: nn.Module) -> dict[str, Any]:

@@ -27,6 +27,8 @@ from .accounting import Bounds, Ledger
 from .checkpoints import load_strictly, refuse_partly_loaded_adapter
 from .data.examples import same_rows
 from .drafts import Draft
+from .errors import ArgumentRefused
+from .lora import merged
 from .model_card import CardResult, write_model_card
 from .progress import MARK, last_evaluation, strip_private
 from .run import PrivacyRun
@@ -44,6 +46,7 @@ class StatingTrainer(Trainer):
     args: DPTrainingArguments
     _run: PrivacyRun  # set by the trainer that trains
     _draft: Draft | None = None  # while a checkpoint is being written
+    _stated: dict[str, Any] | None = None  # once adapters are merged, what was true of them
 
     def epsilon(self, delta: float | None = None) -> Bounds:
         """Return epsilon of the steps charged so far, at `delta` (by default `target_delta`)."""
@@ -60,7 +63,26 @@ class StatingTrainer(Trainer):
 
     def privacy_statement(self) -> dict[str, Any]:
         """Return what is true of the weights now: the content of `privacy.json`."""
+        if self._stated is not None:
+            return self._stated
         return make_statement(self._record(self._run.ledger), self.model)
+
+    def merge_adapters(self) -> None:
+        """Make the adapters of a trained LoRA model part of its weights; it is an ordinary model from then on.
+
+        What is saved, or uploaded, after that loads without PEFT. The statement stays the one of the training: it
+        names the adapters' parameters as trained. A further `train()` is refused, because nothing is trainable.
+
+        Raises:
+            ArgumentRefused: there are no adapters, or the model is spread over processes.
+        """
+        if not _is_peft_model(self.model) or sharding.is_sharded(self.model):
+            raise ArgumentRefused(
+                f"merge_adapters: {type(self.model).__name__} has no adapters, or is spread over several processes. "
+                "Use it on a PEFT model that was trained without fsdp."
+            )
+        self._stated = self.privacy_statement()
+        self.model = self.model_wrapped = merged(self.model)
 
     def _record(self, ledger: Ledger) -> RunRecord:
         return self._run.record(self.args, ledger, None if self._config is None else _public_name(self._config))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from enum import Enum
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, TimmWrapperForImageClassification
 
-from .errors import ModelRefused
+from .blocks import find_blocks
+from .errors import ArgumentRefused, ModelRefused
 
 
 class TrainLayers(Enum):
@@ -26,26 +29,77 @@ class TrainLayers(Enum):
     NORM = "norm"
 
 
-def train_only(model: nn.Module, layers: TrainLayers) -> list[str]:
+@dataclass(frozen=True)
+class LastBlocks:
+    """The last `count` blocks (`blocks.find_blocks`) and all that is registered behind the first of them.
+
+    That is what lies between them, such as the downsampling between two stages, the last normalisation and the head.
+    Nothing before them is part of the backward pass, so that a frozen block costs its forward pass only.
+    """
+
+    count: int
+
+    @property
+    def value(self) -> str:
+        """As it is called on a command line."""
+        return f"last-{self.count}"
+
+
+def chosen_layers(name: str) -> TrainLayers | LastBlocks:
+    """Return the choice that is called `name`: one of `TrainLayers`, or `last-2` for the last two blocks.
+
+    Raises:
+        ArgumentRefused: there is none.
+    """
+    if last := re.fullmatch(r"last-(\d+)", name):
+        return LastBlocks(int(last[1]))
+    if name not in [layers.value for layers in TrainLayers]:
+        raise ArgumentRefused(
+            f"train_layers={name!r} is not known. Choose one of {', '.join(repr(one.value) for one in TrainLayers)}, "
+            "'last-2' for the last two blocks (any other number likewise), or in the recipes 'lora'."
+        )
+    return TrainLayers(name)
+
+
+def train_only(model: nn.Module, layers: TrainLayers | LastBlocks) -> list[str]:
     """Freeze what `layers` leaves out and return the names of the parameters that stay trainable.
 
     A parameter that was frozen before stays frozen.
 
     Raises:
-        ModelRefused: the head cannot be told apart, or nothing is left to train.
+        ModelRefused: the head or the blocks cannot be told apart, there are fewer blocks, or nothing is left to train.
     """
-    if layers is not TrainLayers.ALL:
+    if isinstance(layers, LastBlocks):
+        _freeze_all_but(model, set(_behind_last_blocks(model, layers)))
+    elif layers is not TrainLayers.ALL:
         chosen = set(head_parameters(model))
         if layers is TrainLayers.BIAS:
             chosen |= {name for name, _ in model.named_parameters() if _is_bias(name)}
         if layers is TrainLayers.NORM:
             chosen |= set(_norm_parameters(model))
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad and name in chosen)
+        _freeze_all_but(model, chosen)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not trained:
         raise ModelRefused(f"train_layers={layers.value!r} leaves no trainable parameter in {type(model).__name__}.")
     return trained
+
+
+def _freeze_all_but(model: nn.Module, chosen: set[str]) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and name in chosen)
+
+
+def _behind_last_blocks(model: nn.Module, layers: LastBlocks) -> list[str]:
+    blocks = find_blocks(model)
+    if not 1 <= layers.count <= len(blocks):
+        raise ModelRefused(
+            f"train_layers={layers.value!r}: {len(blocks)} blocks of {type(model).__name__} can be told apart (items "
+            "of its lists of modules that are made of further modules). "
+            + (f"Choose from 1 to {len(blocks)}." if blocks else "Freeze by requires_grad_ and use 'all'.")
+        )
+    first = blocks[-layers.count].name
+    names = [name for name, _ in model.named_parameters()]
+    return names[next(place for place, name in enumerate(names) if name.startswith(f"{first}.")) :]
 
 
 def head_parameters(model: nn.Module) -> list[str]:

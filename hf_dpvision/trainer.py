@@ -158,6 +158,7 @@ class DPTrainer(PublishingTrainer):
         guards.refuse_resuming_shards(self.model, resume_from_checkpoint)
         if not is_sharded(self.model):  # by an earlier call
             guards.refuse_model(self.model)
+        guards.refuse_clipping(self.model, self.args)
         with prepared(self.train_dataset, self.args, self._classes):
             return self._train(resume_from_checkpoint, ignore_keys_for_eval)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from .clipping import Automatic, Clipping, Flat
+from .clipping_arguments import CLIPPINGS, SHARES, STYLES, ClippingArguments
 from .errors import ArgumentRefused
 from .rules.cost import NormRule
 from .secure_noise import refuse_missing
@@ -19,7 +19,6 @@ from .streaming import Way
 from .unit_arguments import PRIVACY_UNITS, UnitArguments
 
 
-CLIPPING_STYLES = {"flat": Flat, "automatic": Automatic}
 ACCOUNTANTS = ("prv", "pld", "rdp")
 EVAL_DATA = ("private", "public")
 _NUMBERS = ("target_epsilon", "noise_multiplier", "target_delta", "per_sample_max_grad_norm", "logical_batch_size",
@@ -28,7 +27,7 @@ _AUTO = "auto"
 
 
 @dataclass
-class DPTrainingArguments(UnitArguments, StreamArguments, TrainingArguments):
+class DPTrainingArguments(ClippingArguments, UnitArguments, StreamArguments, TrainingArguments):
     """Arguments of `DPTrainer`: those of `TrainingArguments`, and the following.
 
     Exactly one of `target_epsilon` and `noise_multiplier` is given, unless `disable_dp` is set; `target_delta` and
@@ -55,23 +54,11 @@ class DPTrainingArguments(UnitArguments, StreamArguments, TrainingArguments):
         default=None,
         metadata={"help": "Delta of the guarantee, below 1 / number of training examples, for example 1e-5."},
     )
-    per_sample_max_grad_norm: float = field(
-        default=1.0,
-        metadata={"help": "Clip norm C: the most that one example's gradient contributes, in Euclidean norm."},
-    )
     logical_batch_size: int | None = field(
         default=None,
         metadata={
             "help": "Expected number of examples, or units, per optimizer step, over all devices. "
             "per_device_train_batch_size is only what fits a device; it changes neither the privacy nor the result."
-        },
-    )
-    clipping: str = field(
-        default="flat",
-        metadata={
-            "help": "How gradients of single examples are bounded: 'flat' shortens those above C, 'automatic' "
-            "normalises all of them to about C.",
-            "choices": list(CLIPPING_STYLES),
         },
     )
     norm_rule: NormRule | str = field(
@@ -212,6 +199,7 @@ class DPTrainingArguments(UnitArguments, StreamArguments, TrainingArguments):
         self.norm_rule = NormRule(self.norm_rule)
         if self.secure_noise:
             refuse_missing()
+        self.refuse_clipping()
         self.build_clipping()
         self.build_streaming(self.output_dir)
 
@@ -232,10 +220,6 @@ class DPTrainingArguments(UnitArguments, StreamArguments, TrainingArguments):
         """Whether `Trainer` moves the model to the device: not if it is sharded, since it may not fit there."""
         return False if self.fsdp else super().place_model_on_device
 
-    def build_clipping(self) -> Clipping:
-        """Return the clipping style as an object; `sensitivity()` is `per_sample_max_grad_norm`."""
-        return CLIPPING_STYLES[self.clipping](max_norm=self.per_sample_max_grad_norm)
-
     @property
     def rows_per_unit(self) -> int:
         """How many rows of a microbatch are clipped as one: all views of all examples of a unit in one step."""
@@ -247,7 +231,9 @@ class DPTrainingArguments(UnitArguments, StreamArguments, TrainingArguments):
 
     def _check_choices(self) -> None:
         allowed = {
-            "clipping": tuple(CLIPPING_STYLES),
+            "clipping": CLIPPINGS,
+            "group_clipping": tuple(STYLES),
+            "clipping_shares": SHARES,
             "norm_rule": tuple(rule.value for rule in NormRule),
             "backward_passes": (1, 2),
             "accountant": ACCOUNTANTS,

@@ -194,8 +194,8 @@ def rows(statement: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("noise standard deviation", f"{noise['std']:.6g} = sigma times the sensitivity"),
         (
             "clip norm C",
-            f"{clipping['bound']:.6g}, {clipping['function']} clipping, {clipping['norm']} norm over all trained "
-            f"parameters together; sensitivity {clipping['sensitivity']:.6g}",
+            f"{clipping['bound']:.6g}, {clipping['function']} clipping, {clipping['norm']} norm {_norms(clipping)}; "
+            f"sensitivity {clipping['sensitivity']:.6g}",
         ),
         (
             "noise generator",
@@ -233,6 +233,19 @@ def _gdp(gdp: Mapping[str, Any]) -> str:
         return f"mu = {round_up(gdp['mu'])}, exact"
     reach = "every delta" if gdp["delta_min"] == 0 else f"every delta from {gdp['delta_min']:.2g} up"
     return f"mu at most {round_up(gdp['mu'])}, for {reach}; an upper bound, no central-limit value"
+
+
+def _norms(clipping: Mapping[str, Any]) -> str:
+    if clipping["granularity"] == "global":
+        return "over all trained parameters together"
+    bounds = clipping["groups"].values()
+    least, most = f"{min(bounds):.3g}", f"{max(bounds):.3g}"
+    each = f"{least} for each" if least == most else f"{least} to {most} each"
+    groups = {"layer": "by layer", "block": "by block", "group": "by name"}[clipping["granularity"]]
+    return (
+        f"of each of {len(bounds)} groups of trained parameters ({groups}), whose bounds ({each}) have squares that "
+        "add up to that of C"
+    )
 
 
 def _steps(statement: Mapping[str, Any]) -> str:

@@ -67,7 +67,7 @@ class ScaledRandomness(SystemRandomness):
         return lambda step: source
 
 
-class Loose:
+class Loose(clipping.Style):
     """Flat clipping that lets `times` as much through as it says."""
 
     def __init__(self, max_norm: float, times: float) -> None:

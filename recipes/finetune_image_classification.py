@@ -59,10 +59,11 @@ from hf_dpvision.data import (
     model_input,
 )
 from hf_dpvision.errors import ArgumentRefused, DataRefused, RefusedError
+from hf_dpvision.lora import Lora, with_adapters
 from hf_dpvision.metrics import compute_metrics_for
 from hf_dpvision.model_card import CardResult, write_model_card
 from hf_dpvision.results import SUMMARY, RecipeRecord, comparison_table, environment, update_results_table
-from hf_dpvision.trainable import TrainLayers, count_parameters, train_only, zero_head
+from hf_dpvision.trainable import chosen_layers, count_parameters, train_only, zero_head
 from hf_dpvision.wording import unit_in_words
 
 
@@ -72,6 +73,7 @@ PATHS = (
     "results_summary",
 )  # fmt: skip
 SECRET = {"token", "hub_token"}
+LORA = "lora"
 NOT_METRICS = {"epoch", "eval_loss", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
 NOT_METRICS |= {"eval_model_preparation_time", "eval_metrics_are_private"}
 AUGMENTATIONS = {
@@ -96,13 +98,24 @@ class ModelArguments:
         "microsoft/beit-base-patch16-224-pt22k-ft22k", "Hub id, timm/<name of timm's registry>, or a local folder."
     )
     image_processor_name: str | None = _argument(None, "Hub id or folder of the image processor, if not the model's.")
-    train_layers: Literal["all", "head", "bias", "norm"] = _argument(
-        "all", "What is trained: all; head; bias: every bias and the head; norm: normalisation layers and the head."
+    train_layers: str = _argument(
+        "all",
+        "What is trained: all; head; bias: every bias and the head; norm: normalisation layers and the head; last-2: "
+        "the last two blocks (or any other number) and the head; lora: low-rank adapters and the head (extra peft).",
+    )
+    lora_rank: int = _argument(8, "Rank of the adapters with train_layers lora.")
+    lora_alpha: float | None = _argument(None, "Scale of the adapters, times the rank; by default twice the rank.")
+    lora_targets: list[str] | None = _argument(
+        None, "Names of the layers with adapters, or their endings; by default every linear layer."
     )
     head_init: Literal["keep", "zero"] = _argument("keep", "Start of the classifier: as loaded, or zero.")
     replace_batchnorm: Literal["group", "freeze"] | None = _argument(
         None, "BatchNorm mixes examples: replace it by GroupNorm (group) or use its stored statistics (freeze)."
     )
+
+    def __post_init__(self) -> None:
+        if self.train_layers != LORA:
+            chosen_layers(self.train_layers)  # refuses an unknown name before anything is loaded
 
 
 @dataclass
@@ -154,10 +167,11 @@ class DataTrainingArguments:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything a trainer needs but the model and the training arguments."""
+    """Everything a trainer needs but the model and the training arguments; and one black picture for the model."""
 
     data: ImageData
     trainer_parts: dict[str, object]
+    picture: torch.Tensor
 
 
 def main(command_line: list[str]) -> RecipeRecord:
@@ -175,9 +189,10 @@ def main(command_line: list[str]) -> RecipeRecord:
         training_args.output_dir = str(unused_folder(Path(training_args.output_dir), say))
     set_seed(training_args.seed)  # public: decides the subset and the new head, never the noise or the batches
     model, prepared = prepare(model_args, data_args, training_args, say)
-    trained = train_only(model, TrainLayers(model_args.train_layers))
+    model = with_trained_layers(model, model_args, training_args, prepared.picture)
     sizes = count_parameters(model)
-    say(f"Model: {sizes[0]:,} of {sizes[1]:,} parameters are trained, {len(trained)} tensors.")
+    tensors = sum(parameter.requires_grad for parameter in model.parameters())
+    say(f"Model: {sizes[0]:,} of {sizes[1]:,} parameters are trained, {tensors} tensors.")
     initial = copy.deepcopy(model) if data_args.compare_non_private else None
 
     trainer = DPTrainer(model=model, args=training_args, **prepared.trainer_parts)
@@ -186,11 +201,13 @@ def main(command_line: list[str]) -> RecipeRecord:
         say(f"\nFine-tuning {'without privacy' if training_args.disable_dp else 'privately'}:")
         trainer.train(resume_from_checkpoint=resume)
         scores["non_private" if training_args.disable_dp else "private"] = evaluated(trainer, "after fine-tuning", say)
+        if model_args.train_layers == LORA:
+            trainer.merge_adapters()  # what is released loads like any other model
         trainer.save_model()
         if initial is not None and not training_args.disable_dp:
             say("\nFine-tuning the same initial model without privacy, for comparison (it is not saved):")
             scores["non_private"] = non_private_score(initial, prepared, data_args, training_args, say)
-    record = make_record(parsed, command_line, prepared.data, trainer, scores, time.monotonic() - started)
+    record = make_record(parsed, command_line, prepared.data, trainer, scores, sizes, time.monotonic() - started)
     if training_args.process_index == 0:
         report(record, trainer, parsed, prepared.data, say)
     return record
@@ -209,7 +226,7 @@ def audited_trainer(folder: str, command_line: list[str]) -> DPTrainer:
     training_args.dataloader_pin_memory &= torch.cuda.is_available()
     set_seed(training_args.seed)
     model, prepared = prepare(model_args, data_args, training_args, print)
-    train_only(model, TrainLayers(model_args.train_layers))
+    model = with_trained_layers(model, model_args, training_args, prepared.picture)
     return DPTrainer(model=model, args=training_args, **prepared.trainer_parts)
 
 
@@ -305,7 +322,24 @@ def prepare(
             "processing_class": wanted.processor,
             "compute_metrics": compute_metrics_for(len(data.names), data_args.metric, options),
         },
+        torch.zeros(1, len(wanted.preprocessing.mean), *wanted.preprocessing.size),
     )
+
+
+def with_trained_layers(
+    model: nn.Module, model_args: ModelArguments, training_args: DPTrainingArguments, picture: torch.Tensor
+) -> nn.Module:
+    """Freeze what `train_layers` leaves out; with lora, return the model with adapters."""
+    if model_args.train_layers != LORA:
+        train_only(model, chosen_layers(model_args.train_layers))
+        return model
+    if training_args.push_to_hub and training_args.hub_strategy != "end":
+        raise ArgumentRefused(
+            f"train_layers='lora' with hub_strategy={training_args.hub_strategy.value!r}: checkpoints have adapters "
+            "and the result has them merged, so that a repository with both would not load. Set hub_strategy='end'."
+        )
+    targets = None if model_args.lora_targets is None else tuple(model_args.lora_targets)
+    return with_adapters(model, Lora(model_args.lora_rank, model_args.lora_alpha, targets), picture)
 
 
 def checked_images_folder(args: DataTrainingArguments) -> Path:
@@ -367,13 +401,13 @@ def make_record(
     data: ImageData,
     trainer: DPTrainer,
     scores: dict[str, dict[str, float] | None],
+    sizes: tuple[int, int],
     seconds: float,
 ) -> RecipeRecord:
     """Put together what `results.json` and the table of results say; folders of this machine are left out."""
     model_args, data_args, training_args = parsed.groups
     bounds = trainer.epsilon() if training_args.do_train and not training_args.disable_dp else None
     measured = {model: score for model, score in scores.items() if score}
-    trained, everything = count_parameters(trainer.model)
     held_out = 0 if data.held_out is None else len(data.held_out)
     # a stream is counted while it is trained on
     trained_on = len(trainer.train_dataset) if data.size is None and training_args.do_train else data.size
@@ -385,7 +419,7 @@ def make_record(
         settings=parsed.settings(leave_out=SECRET),
         model=Path(model_args.model_name_or_path).name,
         data=f"{data_name(data_args)}, {trained_on} train and {held_out} held-out images",
-        trained=f"{model_args.train_layers}, {trained:,} of {everything:,} parameters",
+        trained=f"{model_args.train_layers}, {sizes[0]:,} of {sizes[1]:,} parameters",
         epsilon=bounds.upper if bounds else None,
         delta=training_args.target_delta if bounds else None,
         accountant=bounds.accountant if bounds else None,

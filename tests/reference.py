@@ -80,6 +80,31 @@ def clip_and_sum(gradients: list[dict[str, Tensor]], clipping: Any) -> Reference
     return Reference(squared_norms.sqrt(), total)
 
 
+def clip_groups_and_sum(
+    gradients: list[dict[str, Tensor]], group_of: Mapping[str, str], bounds: Mapping[str, float], gamma: float | None
+) -> Reference:
+    """Clip each example's gradients group by group and add them up, everything written out.
+
+    Args:
+        gradients: of each example, by parameter.
+        group_of: the group of each parameter.
+        bounds: the most that an example contributes to each group.
+        gamma: of automatic clipping; None for flat clipping.
+    """
+    total = {name: torch.zeros_like(gradient) for name, gradient in gradients[0].items()}
+    for one in gradients:
+        for group, bound in bounds.items():
+            members = [name for name in one if group_of[name] == group]
+            length = norm({name: one[name] for name in members}).item()
+            if gamma is None:
+                factor = 1.0 if length <= bound else bound / length
+            else:
+                factor = bound / (length + gamma) if length else 0.0
+            for name in members:
+                total[name] += factor * one[name]
+    return Reference(torch.stack([norm(one) for one in gradients]), total)
+
+
 def difference(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`a - b`, name by name."""
     return {name: a[name] - b[name] for name in b}

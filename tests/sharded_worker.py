@@ -21,10 +21,12 @@ from hf_dpvision.sharding import Sharding
 
 
 FLAT = clipping.Flat(5.0)
+PER_LAYER = clipping.PerGroup(FLAT, shares=clipping.Shares.SIZE)
+BY_LAYER = ("beit", "resnetv2_bit", "transformers_vit")  # these also by layer
 SHARES = {0: [0, 2], 1: [1]}  # of the three examples
 
 
-class Nothing:
+class Nothing(clipping.Style):
     """Clipping for a process that has run out of examples."""
 
     def factors(self, squared_norms: Tensor) -> Tensor:
@@ -34,17 +36,17 @@ class Nothing:
         return 0.0
 
 
-def errors_of(case: Any, rank: int) -> dict[str, Any]:
+def errors_of(case: Any, rank: int, style: clipping.Clipping) -> dict[str, Any]:
     """Largest deviations of norms and sums from those of the whole model, relative to the norm of either."""
     torch.manual_seed(0)
     model = perturbed(case.build(), torch.float64)
     batch = images(case.image_size, torch.float64)
-    expected = clipped_gradient(model, classification_loss, batch, clipping=FLAT)
+    expected = clipped_gradient(model, classification_loss, batch, clipping=style)
     options = Sharding()
     blocks = len(options.blocks(model))
     options.apply(model, "cpu")
     own = select(batch, SHARES[rank])
-    norms = add_clipped_gradient_to_shards(model, classification_loss, own, clipping=FLAT)
+    norms = add_clipped_gradient_to_shards(model, classification_loss, own, clipping=style)
     # a second microbatch, of which only the second process has anything that counts: nothing of it for brevity
     add_clipped_gradient_to_shards(model, classification_loss, select(batch, [0]), clipping=Nothing())
     total = torch.cat([grad.flatten() for grad in expected.gradients.values()]).norm()
@@ -65,11 +67,12 @@ def main(folder: Path) -> None:
     rank = int(os.environ["RANK"])
     dist.init_process_group("gloo")
     found = {}
-    for case in CASES:
+    flat = [(case.name, case, FLAT) for case in CASES]
+    for name, case, style in [*flat, *((f"{c.name} by layer", c, PER_LAYER) for c in CASES if c.name in BY_LAYER)]:
         try:
-            found[case.name] = errors_of(case, rank)
+            found[name] = errors_of(case, rank, style)
         except DPVisionError as error:
-            found[case.name] = {"refused": str(error)}
+            found[name] = {"refused": str(error)}
     (folder / f"errors{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 

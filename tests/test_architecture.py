@@ -25,7 +25,7 @@ HOMES = {
     "datasets": {"data", "metrics"},  # metrics: evaluate.Metric declares its columns as datasets.Features
     "evaluate": {"metrics"},
     "jsonschema": {"verify.schema"},
-    "peft": set(),
+    "peft": {"lora"},
     "cryptography": {"secure_noise"},
     "matplotlib": {"audit.plot"},
 }

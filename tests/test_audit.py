@@ -58,7 +58,7 @@ class ScaledRandomness(FixedRandomness):
         return lambda step: source
 
 
-class TwiceTheBound:
+class TwiceTheBound(clipping.Style):
     """Flat clipping that lets twice as much through as it says."""
 
     def __init__(self, max_norm: float) -> None:

@@ -21,10 +21,14 @@ from hf_dpvision.self_check import self_check
 ROUNDING = 1e-5
 WAYS = st.tuples(st.sampled_from(["auto", "mixed", "ghost", "instantiate"]), st.sampled_from([1, 2]))
 BOUNDS = st.floats(1e-3, 1e3)
-STYLES = st.one_of(
+SINGLE = st.one_of(
     BOUNDS.map(clipping.Flat),
     st.builds(clipping.Automatic, BOUNDS, st.sampled_from([0.0, 1e-4, 0.01, 1.0])),
 )
+GROUPINGS = [clipping.by_layer, clipping.by_block, lambda name: name, {"": "rest", "attention": "attention"}]
+GROUPED = st.builds(clipping.PerGroup, SINGLE, st.sampled_from(GROUPINGS), st.sampled_from(clipping.Shares))
+STYLES = st.one_of(SINGLE, GROUPED)
+STYLES_TO_POISON = [clipping.Flat(1.0), clipping.Automatic(), clipping.PerGroup(clipping.Flat(1.0))]
 SCALES = st.lists(st.floats(-3.0, 4.0).map(lambda exponent: 10.0**exponent), min_size=2, max_size=5)
 
 
@@ -136,7 +140,7 @@ def test_the_sum_is_at_most_the_bound_times_the_examples(style: object, way: tup
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
 @pytest.mark.parametrize("rule", ["auto", "mixed", "ghost", "instantiate"])
 @pytest.mark.parametrize("passes", [1, 2])
-@pytest.mark.parametrize("style", [clipping.Flat(1.0), clipping.Automatic()], ids=["flat", "automatic"])
+@pytest.mark.parametrize("style", STYLES_TO_POISON, ids=["flat", "automatic", "per_layer"])
 @pytest.mark.parametrize("whole", [True, False], ids=["whole_image", "one_pixel"])
 def test_a_non_finite_example_contributes_zero_and_leaves_the_others_alone(
     value: float, rule: str, passes: int, style: object, whole: bool

@@ -19,7 +19,8 @@ from hf_dpvision.rules.cost import NormRule
 OWN = (
     "target_epsilon", "noise_multiplier", "target_delta", "per_sample_max_grad_norm", "logical_batch_size", "clipping",
     "norm_rule", "backward_passes", "memory_bound", "accountant", "eval_data", "privacy_unit", "privacy_unit_column",
-    "examples_per_unit", "id_column", "disable_dp", "self_check",
+    "examples_per_unit", "id_column", "disable_dp", "self_check", "group_clipping", "clipping_groups",
+    "clipping_shares",
 )  # fmt: skip
 
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentRefused
+from .protocol import Style
 
 
 @dataclass(frozen=True)
-class Automatic:
+class Automatic(Style):
     """`factor = C / (||g|| + gamma)`, AUTO-S for `gamma > 0` and AUTO-V for `gamma = 0`.
 
     Guarantee: `||factor * g|| = C ||g|| / (||g|| + gamma) <= C`, so removing one example moves the clipped sum by at

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentRefused
+from .protocol import Style
 
 
 @dataclass(frozen=True)
-class Flat:
+class Flat(Style):
     """`factor = min(1, C / ||g||)`.
 
     Guarantee: `||factor * g|| <= C`, so removing one example moves the clipped sum by at most C.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -100,12 +101,20 @@ def _noise(statement: Mapping[str, Any]) -> Iterator[Relation]:
     if not _close(clipping["sensitivity"], clipping["bound"]):
         why = f"clipping.bound, with {clipping['function']} clipping"
         yield "clipping.sensitivity", clipping["sensitivity"], clipping["bound"], why
+    yield from _groups(clipping)
     std = noise["multiplier"] * clipping["sensitivity"]
     if not _close(noise["std"], std):
         yield "noise.std", noise["std"], std, "noise.multiplier * clipping.sensitivity"
     if events and not _close(noise["multiplier"], events[-1]["noise_multiplier"]):
         why = f"events[{len(events) - 1}].noise_multiplier"
         yield "noise.multiplier", noise["multiplier"], events[-1]["noise_multiplier"], why
+
+
+def _groups(clipping: Mapping[str, Any]) -> Iterator[Relation]:
+    if clipping["granularity"] != "global":
+        total = math.hypot(*clipping["groups"].values())
+        if not _close(total, clipping["bound"]):
+            yield "clipping.groups", total, clipping["bound"], "the squares of all add up to that of clipping.bound"
 
 
 def _words(statement: Mapping[str, Any]) -> Iterator[Relation]:

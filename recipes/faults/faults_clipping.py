@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import hf_dpvision.capture
 import hf_dpvision.guards
 from hf_dpvision import DPTrainer
-from hf_dpvision.clipping import Automatic, Clipping
+from hf_dpvision.clipping import Automatic, Groups, Style
 from hf_dpvision.dpsgd import batch_size
 from hf_dpvision.layouts import Replicated
 from hf_dpvision.sampling import LogicalBatch
@@ -25,10 +25,10 @@ from .models import WithBatchStatistics
 from .parts import Parts, example_losses
 
 
-class Clipped:
+class Clipped(Style):
     """A clipping style whose factors come from a function of the honest style and the squared norms."""
 
-    def __init__(self, honest: Clipping, factors: Callable[[Clipping, Tensor], Tensor]) -> None:
+    def __init__(self, honest: Style, factors: Callable[[Style, Tensor], Tensor]) -> None:
         self.honest, self._factors = honest, factors
 
     def factors(self, squared_norms: Tensor) -> Tensor:
@@ -40,9 +40,34 @@ class Clipped:
         return self.honest.sensitivity()
 
 
-def factors(function: Callable[[Clipping, Tensor], Tensor]) -> Callable[[Parts], Parts]:
+def factors(function: Callable[[Style, Tensor], Tensor]) -> Callable[[Parts], Parts]:
     """Inject other factors."""
     return lambda parts: replace(parts, clipping=lambda honest: Clipped(honest, function))
+
+
+class Unguarded(Groups):
+    """Groups that take the factors of their styles as they come."""
+
+    def factors(self, squared_norms: Tensor) -> Tensor:
+        columns = zip(self.styles, squared_norms.unbind(1), strict=True)
+        return torch.stack([style.factors(squared) for style, squared in columns], 1)
+
+
+class WithoutGuard(Clipped):
+    """Neither the style nor its groups look whether a norm is finite."""
+
+    def over(self, sizes: Mapping[str, int]) -> Groups:
+        honest = super().over(sizes)
+        return Unguarded(honest.columns, honest.names, honest.styles)
+
+
+def unguarded(parts: Parts) -> Parts:
+    """Inject factors that are not finite where a norm is not."""
+
+    def factor(style: Style, squared: Tensor) -> Tensor:
+        return style.sensitivity() / squared.sqrt().clamp_min(style.sensitivity())
+
+    return replace(parts, clipping=lambda honest: WithoutGuard(honest, factor))
 
 
 class Stale:
@@ -51,7 +76,7 @@ class Stale:
     def __init__(self) -> None:
         self._last: Tensor | None = None
 
-    def __call__(self, honest: Clipping, squared: Tensor) -> Tensor:
+    def __call__(self, honest: Style, squared: Tensor) -> Tensor:
         last, self._last = self._last, squared
         usable = last is not None and len(last) == len(squared)
         return honest.factors(last if usable else squared)
@@ -74,7 +99,7 @@ def understated(parts: Parts) -> Parts:
     return replace(parts, clipping=lambda honest: Understated(honest, lambda style, squared: style.factors(squared)))
 
 
-def by_median(honest: Clipping, squared: Tensor) -> Tensor:
+def by_median(honest: Style, squared: Tensor) -> Tensor:
     """Normalise to C times the ratio of the batch's median norm to that of most."""
     norms = squared.sqrt()
     return honest.sensitivity() * torch.clamp(norms.median() / norms.clamp_min(1e-12), max=1.0)
@@ -192,8 +217,7 @@ FAULTS = (
     Fault("clip-norm-bfloat16", "norms rounded to bfloat16", "sensitivity",
           factors(lambda style, squared: style.factors(squared.bfloat16().float()))),
     Fault("clip-batch-median", "threshold from the median norm of the batch", "sum-ghost", factors(by_median)),
-    Fault("clip-no-nan-guard", "a norm that is not finite gives a factor that is not", "not-finite",
-          factors(lambda style, squared: style.sensitivity() / squared.sqrt().clamp_min(style.sensitivity()))),
+    Fault("clip-no-nan-guard", "a norm that is not finite gives a factor that is not", "not-finite", unguarded),
     Fault("clip-automatic-bound", "automatic clipping states half of its bound", "noise-scale", understated),
     Fault("sum-rescaled", "the clipped sum is shortened before the noise, as by max_grad_norm", "sum-ghost",
           mechanism(RescaledSum), "OP under Trainer"),

@@ -113,12 +113,12 @@ class LastUse:
 
 def norm_overwritten(parts: Parts) -> Parts:
     """Inject: the norm of a tensor used several times is that of its last use; the sum has all of them."""
-    honest = Collector._joint_squared_norms
+    honest = Collector._take_together
 
-    def last_only(collector: Collector, members: list[Slot]) -> Tensor:
-        return honest(collector, members[-1:])
+    def last_only(collector: Collector, members: list[Slot]) -> None:
+        honest(collector, members[-1:])
 
-    return parts.with_patch(Collector, "_joint_squared_norms", last_only)
+    return parts.with_patch(Collector, "_take_together", last_only)
 
 
 def unsummed_bias(parts: Parts) -> Parts:

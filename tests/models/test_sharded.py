@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from cases import CASES
 from launching import TORCHRUN, launched_once
+from sharded_worker import BY_LAYER
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +20,11 @@ def errors(tmp_path_factory) -> list[dict]:
     return [json.loads((launched.folder / f"errors{rank}.json").read_text()) for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_clipped_sums_of_a_sharded_model_are_exact(errors, case):
+NAMES = [case.name for case in CASES] + [f"{name} by layer" for name in BY_LAYER]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_clipped_sums_of_a_sharded_model_are_exact(errors, name):
     for found in errors:
-        assert found[case.name]["norms"] < 1e-12 and found[case.name]["sums"] < 1e-12, found[case.name]
-        assert found[case.name]["blocks"] >= 2
+        assert found[name]["norms"] < 1e-12 and found[name]["sums"] < 1e-12, found[name]
+        assert found[name]["blocks"] >= 2

@@ -121,8 +121,44 @@ def test_the_released_model_is_the_private_one_and_was_trained(recipe, workplace
     _run(recipe, workplace, "--output_dir", str(out), "--train_layers", "head", "--head_init", "zero")
     before = AutoModelForImageClassification.from_pretrained(workplace / "model").state_dict()
     after = AutoModelForImageClassification.from_pretrained(out).state_dict()
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {"classifier.weight", "classifier.bias"}
+    assert changed(before, after) == {"classifier.weight", "classifier.bias"}
+
+
+def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+    """Names of the tensors that differ; there are the same ones before and after."""
+    assert set(before) == set(after)
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+@pytest.mark.parametrize("layers", ["last-1", "lora"])
+def test_last_blocks_and_adapters_are_trained_and_released_in_an_ordinary_model(recipe, workplace, layers):
+    pytest.importorskip("peft")
+    out = workplace / layers
+    record = _run(
+        recipe, workplace, "--output_dir", str(out), "--train_layers", layers, "--lora_rank", "2",
+        "--self_check", "true", "--clipping", "per_layer", "--compare_non_private",
+    )  # fmt: skip
+    assert record.trained.startswith(f"{layers}, ") and set(record.scores) == {"before", "private", "non_private"}
+    model = AutoModelForImageClassification.from_pretrained(out)
+    before = AutoModelForImageClassification.from_pretrained(workplace / "model").state_dict()
+    names = changed(before, model.state_dict())
+    linear = {name for name in before if name.endswith(("_proj.weight", "fc1.weight", "fc2.weight"))}
+    block = {name for name in before if name.startswith("beit.layers.0.")}
+    behind = {"classifier.weight", "classifier.bias"}
+    if layers == "lora":
+        assert names == linear | behind
+    else:
+        assert linear | behind <= names <= block | behind | {name for name in before if ".pooler." in name}
+    assert not list(out.glob("adapter*")) and model.config.id2label == {0: "dark", 1: "light"}
+    assert len(json.loads((out / "privacy.json").read_text())["clipping"]["groups"]) > 6
+
+
+def test_adapters_and_merged_weights_do_not_share_a_repository(recipe, workplace):
+    with pytest.raises(ArgumentRefused, match="train_layers='last'"):
+        _run(recipe, workplace, "--train_layers", "last")
+    words = ["--output_dir", str(workplace / "x"), "--train_layers", "lora", "--push_to_hub", "true"]
+    with pytest.raises(ArgumentRefused, match="hub_strategy='end'"):
+        _run(recipe, workplace, *words)
 
 
 def test_both_trainings_start_from_the_same_model_on_the_same_data(recipe, workplace, monkeypatch):
