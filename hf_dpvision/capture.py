@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, NoReturn
 
 import torch
@@ -72,11 +73,14 @@ class Call:
     def name(self) -> str:
         return getattr(self.function, "__name__", str(self.function))
 
-    def slot(self, theta: Theta | None, shape: Any = None, generic: bool = False) -> Slot | None:
-        """Note a use of `theta`; None stays None, for operands that are frozen."""
+    def slot(
+        self, theta: Theta | None, shape: Any = None, generic: bool = False, reads: Tensor | None = None
+    ) -> Slot | None:
+        """Note a use of `theta`, which multiplies the activation `reads`; None stays None."""
         if theta is None:
             return None
-        slot = Slot(theta, self.name, shape, self.mode.uses, generic)
+        number = None if reads is None else self.mode.batched.get(reads)
+        slot = Slot(theta, self.name, shape, self.mode.uses, generic, number)
         self.mode.uses.note(slot)
         return slot
 
@@ -121,10 +125,13 @@ class Interception(TorchFunctionMode):
         super().__init__()
         self.uses = uses
         self.rules = rules
+        # What depends on the batch. A number stands for one tensor's values: a function that writes gives a new one.
         self.batched: Any = WeakTensorKeyDictionary()
+        self._numbers = count()
         self.thetas: Any = WeakTensorKeyDictionary()
         for tensor in tensors_in(batch if isinstance(batch, (dict, list, tuple)) else dict(batch)):
-            self.batched[tensor] = True
+            self.batched[tensor] = next(self._numbers)
+        self._given = len(self.batched)
         for name, parameter in uses.parameters.items():
             self.gathered(name, parameter)
 
@@ -141,7 +148,7 @@ class Interception(TorchFunctionMode):
     def replaced(self, tensor: Tensor, by: Tensor) -> None:
         """Treat `by` as `tensor`: something outside of torch functions has put it in its place."""
         if tensor in self.batched:
-            self.batched[by] = True
+            self.batched[by] = next(self._numbers)
 
     def of_parameters(self, tensor: Tensor) -> bool:
         """Whether `tensor` is computed from trainable parameters alone."""
@@ -180,17 +187,19 @@ class Interception(TorchFunctionMode):
 
     def saved_bytes(self) -> int:
         """Bytes of everything computed from the batch that is still alive, hence saved for the backward pass."""
-        storages = (tensor.untyped_storage() for tensor in self.batched)
-        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+        storages = [(tensor.untyped_storage(), number) for tensor, number in self.batched.items()]
+        computed = {storage.data_ptr(): storage.nbytes() for storage, _ in storages}
+        given = {storage.data_ptr() for storage, number in storages if number < self._given}
+        return sum(size for address, size in computed.items() if address not in given)
 
     def _mark(self, function: Callable, args: tuple, kwargs: dict, result: Any) -> None:
         """Note that the results, and what the function wrote to in place, depend on the batch."""
         for tensor in tensors_in(result):
-            self.batched[tensor] = True
+            self.batched[tensor] = next(self._numbers)
         for tensor in written_by(function, args, kwargs):
-            self.batched[tensor] = True
+            self.batched[tensor] = next(self._numbers)
             if tensor._base is not None:
-                self.batched[tensor._base] = True
+                self.batched[tensor._base] = next(self._numbers)
 
     def _derive(self, call: Call, involved: list[Tensor], thetas: list[Theta], result: Any) -> None:
         """Note the results of an operation on trainable tensors alone, and what became of their entries."""

@@ -20,6 +20,7 @@ from .rules.affine import Affine
 from .rules.cost import Choice, NormRule, choose
 from .rules.gradients import PerExampleGradient, squared_rows, wide
 from .rules.planner import Planner
+from .rules.shared import Taken, TakenNorms
 from .uses import Slot, Theta, Uses
 
 
@@ -58,14 +59,14 @@ class Collector:
         saved_bytes: int,
         columns: Mapping[str, int],
     ) -> None:
-        self._uses, self._norm_rule, self._planner, self._columns = uses, norm_rule, planner, columns
+        self._uses, self._norm_rule, self._columns = uses, norm_rule, columns
         self._joint: dict[Slot, list[Slot]] = {}  # those not alone, until their cluster is settled
         for members in clusters(uses.slots):
             if len(members) > 1 or not self._norm_carries_over(members[0].theta):
                 self._joint |= dict.fromkeys(members, members)
         alone = [slot for slot in uses.slots if slot not in self._joint]
         plan = planner.plan(alone, uses.n, norm_rule, backward_passes, saved_bytes)
-        self._choices, self.backward_passes = plan.choices, plan.backward_passes
+        self._norms, self.backward_passes = TakenNorms(planner, alone, plan.choices), plan.backward_passes
         first = next(iter(uses.parameters.values()))
         groups = max(columns.values()) + 1
         self._squared = torch.zeros(uses.n, groups, dtype=wide(first.dtype), device=first.device)
@@ -84,16 +85,17 @@ class Collector:
                 self._settle(members)
             return
         with torch._C.DisableTorchFunction():  # nothing is run again in here, so no mode needs to see it
-            self._take(slot, gradient)
+            self._take(self._norms.receive(slot, gradient))
 
-    def _take(self, slot: Slot, gradient: PerExampleGradient) -> None:
-        squared, gradient = self._planner.norms(slot, gradient, self._choices.get(slot))
-        self._add(slot.theta, squared)
-        if self.backward_passes == 1:
-            self._held[slot] = gradient
+    def _take(self, known: Iterable[Taken]) -> None:
+        for slot, squared, gradient in known:
+            self._add(slot.theta, squared)
+            if self.backward_passes == 1:
+                self._held[slot] = gradient
 
     def squared_norms(self) -> Tensor:
         """Squared norms `[n, m]` over the parameters of each group; call once, after the backward pass."""
+        self._take(self._norms.rest())
         while self._joint:  # uses that no gradient reached keep their clusters open until now
             self._settle(next(iter(self._joint.values())))
         return self._squared

@@ -15,8 +15,10 @@ from .clipping import Flat
 from .dpsgd import clipped_gradient
 from .fitting import peak_bytes
 from .rules import RULES, rule_for
+from .rules.affine import AffineShape
 from .rules.cost import Choice, NormRule, choose, extra_flops, extra_memory, held, non_private_seconds, seconds
 from .rules.planner import Planner
+from .rules.shared import shapes
 from .uses import Slot
 
 
@@ -66,11 +68,12 @@ def plan(model: nn.Module, batch: Batch, n: int, norm_rule: NormRule, backward_p
     del output  # until here it kept alive what a backward pass would need
     choices = Planner().plan(slots, n, norm_rule, backward_passes, saved).choices
     unshaped = choose(norm_rule, None, backward_passes)
-    return [_planned(slot, choices.get(slot, unshaped), backward_passes) for slot in slots]
+    sizes = shapes(slots)
+    return [_planned(slot, sizes.get(slot), choices.get(slot, unshaped), backward_passes) for slot in slots]
 
 
-def _planned(slot: Slot, choice: Choice, backward_passes: int) -> PlannedUse:
-    elements, shape = slot.theta.tensor.numel(), slot.shape
+def _planned(slot: Slot, shape: AffineShape | None, choice: Choice, backward_passes: int) -> PlannedUse:
+    elements = slot.theta.tensor.numel()
     paper = "ghost" if choose(NormRule.MIXED, shape, backward_passes) is Choice.GHOST else "instantiate"
     sizes, costs = (None,) * 4, (elements, 0, 0.0, elements, 0)
     if shape is not None:

@@ -40,6 +40,8 @@ class Slot:
         shape: the sizes that decide between ghost and instantiate; None for uses that are always instantiated.
         uses: where it is recorded.
         generic: no rule of its own covers the operation: exact, but slow.
+        reads: stands for the activation that the tensor is multiplied with, where that is told: uses with the same
+            number read the same values. A write in between gives another number, or ends in autograd's own error.
     """
 
     theta: Theta
@@ -47,6 +49,7 @@ class Slot:
     shape: Any
     uses: Uses
     generic: bool = False
+    reads: int | None = None
 
     def receive(self, gradient: Any) -> None:
         """Called by a rule during the backward pass with a `PerExampleGradient`."""

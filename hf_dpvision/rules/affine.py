@@ -7,7 +7,7 @@ the layout of the weight, `[p, d]`; for `x @ W` it is the other way round. Every
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -30,7 +30,8 @@ class AffineShape:
 
     `gram_inputs` is the number of multiplications per entry of the activations' Gram matrix: `inputs`, unless there
     is a shorter way to it. `held` is how many numbers activation and output gradient of one example are:
-    `g * t * (d + p)`, unless positions share some.
+    `g * t * (d + p)`, unless positions share some. `readers` is how many uses one after another read the same
+    activation, whose Gram matrix is then formed once.
     """
 
     positions: int
@@ -39,6 +40,7 @@ class AffineShape:
     groups: int = 1
     gram_inputs: float | None = None
     held: int | None = None
+    readers: int = 1
 
     @property
     def operand_elements(self) -> int:
@@ -65,7 +67,8 @@ class AffineShape:
         """Floating point operations for both Gram matrices of one example."""
         if self.gram_inputs is not None:
             return int(self.gram_elements * (self.gram_inputs + _gram_share(self.positions) * self.outputs))
-        return int(_gram_share(self.positions) * self.gram_elements * (self.inputs + self.outputs))
+        share = _gram_share(self.positions) * self.gram_elements
+        return int(share * (self.inputs / self.readers + self.outputs))
 
 
 # Rounding of the kernels, in units of the type's machine epsilon times `sum_t ||rows_t|| ||columns_t||` (its square
@@ -115,19 +118,28 @@ def ghost_squared_norms(rows: Tensor, columns: Tensor) -> Tensor:
     Source: Goodfellow 2015, arXiv:1510.01799; Li et al. 2021, arXiv:2110.05679, eq. 4; Bu, Mao, Xu 2022,
     arXiv:2205.10683.
     """
-    rows, columns = rows.to(wide(rows.dtype)), columns.to(wide(columns.dtype))
-    n, groups, positions, _ = rows.shape
+    return shared_ghost_squared_norms([rows], columns)[0]
+
+
+def shared_ghost_squared_norms(rows: Sequence[Tensor], columns: Tensor) -> list[Tensor]:
+    """As `ghost_squared_norms`, for several `rows` that meet the same `columns`, whose Gram matrix is formed once.
+
+    The norms are those of each use alone, so that they can be added in any way: `sum_i <R_i R_i^T, C C^T>`.
+    """
+    dtype, (_, groups, positions, _) = wide(columns.dtype), columns.shape
     if positions == 1:
-        squared = (rows.square().sum(-1) * columns.square().sum(-1)).sum((1, 2))
-        return with_ghost_margin(squared, squared.sqrt())
+        lengths = columns.to(dtype).square().sum(-1)
+        squared = [(r.to(dtype).square().sum(-1) * lengths).sum((1, 2)) for r in rows]
+        return [with_ghost_margin(one, one.sqrt()) for one in squared]
     chunk = max(1, WORKSPACE_ELEMENTS // max(1, groups * min(positions, STRIP) * positions))
-    parts = zip(rows.split(chunk), columns.split(chunk), strict=True)
-    return torch.cat([_from_strips(r, partial(_gram_strip, c)) for r, c in parts])
+    parts = zip(columns.split(chunk), *(r.split(chunk) for r in rows), strict=True)
+    found = [_from_strips([r.to(dtype) for r in rs], partial(_gram_strip, c.to(dtype))) for c, *rs in parts]
+    return [torch.cat(norms) for norms in zip(*found, strict=True)]
 
 
 def gram_squared_norms(rows: Tensor, gram: Tensor) -> Tensor:
     """As `ghost_squared_norms`, for `rows [n, g, t, r]` and columns given by their Gram matrix `[n, g, t, t]`."""
-    return _from_strips(rows, lambda start, end: gram[:, :, start:end, start:])
+    return _from_strips([rows], lambda start, end: gram[:, :, start:end, start:])[0]
 
 
 def _gram_strip(factor: Tensor, start: int, end: int) -> Tensor:
@@ -135,19 +147,23 @@ def _gram_strip(factor: Tensor, start: int, end: int) -> Tensor:
     return factor[:, :, start:end] @ factor[:, :, start:].transpose(-1, -2)
 
 
-def _from_strips(rows: Tensor, columns_strip: Callable[[int, int], Tensor]) -> Tensor:
-    total, magnitudes = rows.new_zeros(len(rows)), rows.new_zeros(len(rows))
-    positions = rows.shape[2]
+def _from_strips(rows: Sequence[Tensor], columns_strip: Callable[[int, int], Tensor]) -> list[Tensor]:
+    positions = rows[0].shape[2]
+    totals, magnitudes = (rows[0].new_zeros(len(rows), len(rows[0])) for _ in range(2))
     for start in range(0, positions, STRIP):
         end = min(start + STRIP, positions)
-        gram, other = _gram_strip(rows, start, end), columns_strip(start, end)
-        # squared lengths of the rows stand on the diagonals, exact but for rounding: nothing cancels there
-        magnitudes += (_diagonal(gram).sqrt() * _diagonal(other).sqrt()).sum((1, 2))
-        product = gram.mul_(other)
-        total += product.sum((1, 2, 3))
-        if end < positions:  # what lies right of the diagonal block counts twice
-            total += product[..., end - start :].sum((1, 2, 3))
-    return with_ghost_margin(total.clamp_(min=0), magnitudes)  # clamp keeps NaN
+        columns = columns_strip(start, end)
+        lengths = _diagonal(columns).sqrt()
+        for total, magnitude, factor in zip(totals, magnitudes, rows, strict=True):
+            gram = _gram_strip(factor, start, end)
+            # squared lengths of the rows stand on the diagonals, exact but for rounding: nothing cancels there
+            magnitude += (_diagonal(gram).sqrt() * lengths).sum((1, 2))
+            product = gram.mul_(columns)
+            total += product.sum((1, 2, 3))
+            if end < positions:  # what lies right of the diagonal block counts twice
+                total += product[..., end - start :].sum((1, 2, 3))
+    # clamp keeps NaN
+    return [with_ghost_margin(t.clamp(min=0), m) for t, m in zip(totals, magnitudes, strict=True)]
 
 
 def _diagonal(strip: Tensor) -> Tensor:
@@ -192,6 +208,11 @@ class Affine(PerExampleGradient):
 
     def ghost_squared_norms(self) -> Tensor:
         return ghost_squared_norms(self.rows.unsqueeze(1), self.columns.unsqueeze(1))
+
+    @staticmethod
+    def shared_ghost_squared_norms(parts: Sequence[Affine]) -> list[Tensor]:
+        """Squared norms `[n]` of each of several uses whose columns are the same."""
+        return shared_ghost_squared_norms([p.rows.unsqueeze(1) for p in parts], parts[0].columns.unsqueeze(1))
 
     @staticmethod
     def joined(parts: list[Affine]) -> Affine:

@@ -49,6 +49,15 @@ class Geometry:
             self.output_padding or (0,) * len(self.stride), self.groups, [*wanted, False],
         )  # fmt: skip
 
+    def input_gradient(self, output_grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """Gradient of the input; of a `pointwise` convolution as a product, on the CPU up to twice as fast."""
+        if not self.pointwise or output_grad.shape[2:] != x.shape[2:] or x.device.type != "cpu":
+            return self.backward(output_grad, x, weight, [True, False])[0]
+        matrix, positions = weight.flatten(1), output_grad.movedim(1, -1)
+        if positions.is_contiguous():  # channels last, and so is the result
+            return (positions @ matrix).movedim(-1, 1)
+        return (matrix.t() @ output_grad.flatten(2)).view(x.shape)
+
     def unfold(self, x: Tensor) -> Tensor:
         """`x [n, c, *spatial]` as patches `[n, g, t, d]`, features in the order of the weight's `[c/g, *kernel]`."""
         spatial = len(self.kernel)
@@ -186,7 +195,7 @@ class ConvUse(torch.autograd.Function):
     def backward(ctx: Any, output_grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         weight_slot, bias_slot, n = ctx.slots
-        grad = ctx.geometry.backward(output_grad, x, weight, [True, False])[0] if ctx.needs_input_grad[1] else None
+        grad = ctx.geometry.input_gradient(output_grad, x, weight) if ctx.needs_input_grad[1] else None
         k = x.shape[0] // n
         if weight_slot is not None:
             gradient = ConvGradient(x.detach(), output_grad, weight, ctx.geometry)

@@ -66,7 +66,8 @@ def _apply(call: Any, x: Tensor, weight: Tensor, bias: Tensor | None, transposed
     d = x.shape[-1]
     p = weight.shape[1] if transposed else weight.shape[0]
     shape = AffineShape(positions=x.numel() // (call.n * d), inputs=d, outputs=p)
-    delivery = Delivery(call.n, call.slot(call.theta(weight), shape), call.slot(call.theta(bias)), transposed)
+    weight_slot = call.slot(call.theta(weight), shape, reads=None if transposed else x)
+    delivery = Delivery(call.n, weight_slot, call.slot(call.theta(bias)), transposed)
     x, weight, bias = autocast_operands(x, weight.detach(), None if bias is None else bias.detach())
     return LinearUse.apply(call.anchor, x, weight.t() if transposed else weight, bias, delivery)
 

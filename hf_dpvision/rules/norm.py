@@ -39,6 +39,10 @@ def _normalised_in(x: Tensor) -> Tensor:
     return x.float() if x.device.type == "cuda" and torch.is_autocast_enabled("cuda") and x.dtype.itemsize < 4 else x
 
 
+# From so many numbers per example on, the framework's kernel is called for each example on the CPU.
+_WORTH_A_CALL = 2**15
+
+
 class LayerNormUse(torch.autograd.Function):
     """Layer norm over the last dimensions, `x [n*k, ..., *shape]`."""
 
@@ -62,6 +66,11 @@ class LayerNormUse(torch.autograd.Function):
                 output_grad, x, ctx.shape, mean, rstd, weight, bias, [True, False, False]
             )[0]
         size = math.prod(ctx.shape)
+        large = x.numel() >= ctx.n * _WORTH_A_CALL and x.device.type == "cpu" and x.dtype == wide(x.dtype)
+        if large and all(ctx.slots):
+            tensors = (t.detach().unflatten(0, (ctx.n, -1)) for t in (output_grad, x, mean, rstd))
+            _deliver(ctx.slots, *_layer_norm_gradients(*tensors, weight, bias))
+            return None, grad, None, None, None, None, None, None
         g = output_grad.reshape(ctx.n, -1, size)
         g = g.to(wide(g.dtype))
         if ctx.slots[0] is None:
@@ -74,6 +83,24 @@ class LayerNormUse(torch.autograd.Function):
         scale = (r @ (x.detach().reshape(ctx.n, -1, size).to(g.dtype) * g)).squeeze(1) - centre
         _deliver(ctx.slots, scale, shift)
         return None, grad, None, None, None, None, None, None
+
+
+def _layer_norm_gradients(
+    output_grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients `[n, *shape]` of scale and shift, of each example from the framework's own kernel.
+
+    Args:
+        output_grad, x: `[n, k, ..., *shape]`.
+        mean, rstd: `[n, k, ..., 1]`.
+        weight, bias: `[*shape]`.
+    """
+    found = [
+        torch.ops.aten.native_layer_norm_backward(*one, weight.shape, *statistics, weight, bias, [False, True, True])
+        for *one, statistics in zip(output_grad, x, zip(mean, rstd, strict=True), strict=True)
+    ]
+    _, scale, shift = zip(*found, strict=True)
+    return torch.stack(scale), torch.stack(shift)
 
 
 def layer_norm(

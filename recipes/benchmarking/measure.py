@@ -15,6 +15,7 @@ from torch import nn
 from hf_dpvision.noise import NoiseSource, add_noise
 
 from .cases import Case, Trained, build, freeze, random_batch
+from .floor import Reasons, reasons
 from .sides import Batch, Loop, NonPrivate, Ours, Side, disagreement
 
 
@@ -88,6 +89,7 @@ class CaseResult:
     Attributes:
         noise: seconds of CPU time to draw and add the noise of one step for all trained parameters; wall time on CUDA.
         clip_norm: the middle norm of the examples that were checked.
+        reasons: why our default does not cost less, if it could run.
     """
 
     case: Case
@@ -97,6 +99,7 @@ class CaseResult:
     sides: list[SideResult]
     noise: list[float]
     wall_clock: bool
+    reasons: Reasons | None = None
 
     def times(self, side: SideResult) -> dict[int, float]:
         """Seconds by round: process CPU time, on CUDA wall time."""
@@ -172,6 +175,9 @@ def measure(case: Case, sides: Sequence[Side], settings: Settings, say: Callable
         cpu, wall = timed(lambda: add_noise(sums, 1.0, source), settings.device)
         result.noise.append(wall if result.wall_clock else cpu)
     del result.noise[0]  # the first one warms up
+    if running[1:] and isinstance(running[1][1], Ours):
+        result.reasons = reasons(base, model, running[0][1], running[1][1], batch)
+        say("  operations counted, steps profiled")
     if case.largest_batch:
         compared = [pair for place, pair in enumerate(running) if place < 2 or not pair[0].ours]
         take_larger_peaks(compared, case, settings, say)

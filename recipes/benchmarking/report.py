@@ -12,6 +12,7 @@ from hf_dpvision.results import split_at_markers
 
 from .cases import Trained
 from .measure import CaseResult, SideResult, Spread, largest_batch
+from .reasons import HEADING, section
 
 
 BEGIN, END = "<!-- benchmark: written by recipes/benchmark.py, do not edit -->", "<!-- end of benchmark -->"
@@ -60,7 +61,13 @@ class Record:
                 "largest_batch": largest_batch(side, self.memory_gib),
             }
             sides.append(asdict(side) | {key: asdict(v) if isinstance(v, Spread) else v for key, v in summary.items()})
-        return {**asdict(result), "sides": sides, "noise_ratio": result.noise_ratio()}
+        content = {**asdict(result), "sides": sides, "noise_ratio": result.noise_ratio()}
+        if result.reasons is not None:
+            content["reasons"]["operations"] |= {
+                "least_ratio": result.reasons.operations.least_ratio,
+                "planned_ratio": result.reasons.operations.planned_ratio,
+            }
+        return content
 
 
 def title(result: CaseResult) -> str:
@@ -156,6 +163,7 @@ def markdown(record: Record, plot: str | None) -> str:
         lines += [f"![Time and memory ratios of all sides]({plot})", ""]
     if peers := against_peer(record):
         lines += ["## Beside Opacus, in the same run", "", *peers, ""]
+    lines += section(record.cases, OURS, title, table)
     if wrong := faults(record):
         lines += ["## Wrong, or cannot run", "", *wrong, ""]
     lines += ["## Noise, once per logical batch", "", NOISE, ""]
@@ -192,7 +200,9 @@ def write_summary(path: Path, record: Record, report: str) -> None:
     before, _, after = split_at_markers(path, BEGIN, END)
     note = f"{record.date}, {record.hardware}, torch {record.versions['torch']}. "
     note += (
-        f"Time and memory are ratios to the same model's non-private step; all sides and how: [{report}]({report})."
+        f"Time and memory are ratios to the same model's non-private step; all sides and how: [{report}]({report}). "
+        f"Its section [{HEADING}]({report}#{HEADING.lower().replace(' ', '-')}) shows the least operations and bytes "
+        "that a private step can do with, and where the time goes."
     )
     lines = [BEGIN, *main_table(record), "", *against_peer(record), "", note, END]
     path.write_text(before + "\n".join(lines) + after, encoding="utf-8")

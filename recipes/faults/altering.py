@@ -67,8 +67,8 @@ def unmeasured(gradient: PerExampleGradient) -> MeasuredAs:
 class _AlteredCall(Call):
     alter: Alter
 
-    def slot(self, theta: Any, shape: Any = None, generic: bool = False) -> Any:
-        slot = super().slot(theta, shape, generic)
+    def slot(self, theta: Any, shape: Any = None, generic: bool = False, reads: Tensor | None = None) -> Any:
+        slot = super().slot(theta, shape, generic, reads)
         return None if slot is None else _AlteredSlot(slot, self.alter)
 
 

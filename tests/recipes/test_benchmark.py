@@ -192,3 +192,68 @@ def test_models_for_32_pixels_have_no_batchnorm_and_the_known_size(benchmark, na
     assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     assert millions == pytest.approx({"vgg19_cifar": 20.04, "resnet18_cifar": 11.17}[name], abs=0.01)
+
+
+def test_the_report_tells_why_a_step_does_not_cost_less(benchmark, short, tmp_path):
+    record = smoke(benchmark, tmp_path)
+    found = record.cases[0].reasons
+    operations, memory = found.operations, found.memory
+    assert operations.non_private == operations.same_parameters
+    assert operations.least <= operations.gram + operations.instantiation + operations.sums
+    assert memory.least <= memory.planned
+    assert sum(ours for _, ours in found.profile.values()) > 0
+    report = (tmp_path / "report.md").read_text()
+    assert "## Why not less" in report and "| convolutions, backward |" in report
+    assert f"| {operations.least_ratio:.2f} | {operations.planned_ratio:.2f} |" in report
+    assert "#why-not-less" in (tmp_path / "README.md").read_text()
+    content = json.loads((tmp_path / "report.json").read_text())["cases"][0]["reasons"]
+    assert content["operations"]["least_ratio"] == operations.least_ratio
+    assert set(content["profile"]) == set(found.profile)
+
+
+def test_the_operations_of_the_plan_are_those_that_torch_counts(benchmark):
+    from benchmarking.floor import reasons
+    from benchmarking.sides import NonPrivate, Ours
+
+    model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 32), nn.Flatten(), nn.Linear(7 * 32, 10))
+    batch = {"x": torch.randn(4, 7, 64), "y": torch.arange(4)}
+    sides = NonPrivate(), Ours()
+    for side in sides:
+        side.prepare(model, 1.0)
+    operations = reasons(model, model, *sides, batch).operations
+    of_the_head = 4 * 2 * (7 * 32 + 10)  # one position: squared lengths instead of products
+    assert operations.gram == 4 * 2 * 7**2 * (64 + 64 + 64 + 32) + of_the_head
+    assert operations.counted - operations.same_parameters == operations.gram - of_the_head
+    assert operations.instantiation == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("aten::addmm", "matrix products"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "attention kernels"),
+        ("aten::mkldnn_convolution", "convolutions, forward"),
+        ("aten::_slow_conv2d_backward", "convolutions, backward"),
+        ("aten::native_group_norm_backward", "norm layers"),
+        ("aten::gelu_backward", "element-wise, sums"),
+        ("aten::copy_", "allocation, copies"),
+        ("aten::resolve_conj", "Python, views, autograd"),
+        ("ConvUseBackward", "Python, views, autograd"),
+    ],
+)
+def test_operators_are_told_apart_by_kind(benchmark, name, kind):
+    from benchmarking.floor import by_kind
+
+    kinds = by_kind({name: 2.0}, 5.0)
+    assert kinds[kind] == (5.0 if kind == "Python, views, autograd" else 2.0) and sum(kinds.values()) == 5.0
+
+
+def test_the_least_operations_are_half_gram_matrices_or_kept_gradients(benchmark):
+    from benchmarking.floor import least_operations
+
+    from hf_dpvision.rules.affine import AffineShape
+
+    assert least_operations(AffineShape(10, 100, 200)) == 10 * 10 * 300
+    assert least_operations(AffineShape(10, 100, 200, readers=2)) == 10 * 10 * 250
+    assert least_operations(AffineShape(300, 100, 200)) == 2 * 100 * 200  # no larger than its operands
+    assert least_operations(AffineShape(1000, 3, 2, groups=4, held=1)) == 2 * 1000 * 3 * 2 * 4

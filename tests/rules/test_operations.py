@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_dpvision import clipped_gradient, clipping, per_example_norms
 from hf_dpvision.errors import MixingRefused
+from hf_dpvision.rules import norm
 
 
 WAYS = list(product(("auto", "mixed", "ghost", "instantiate"), (1, 2)))
@@ -576,6 +577,15 @@ def test_norms_and_clipped_sum_equal_the_loop(name: str) -> None:
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_a_single_example_is_a_batch(name: str) -> None:
     _check(*_built(name, 1))
+
+
+LAYER_NORMS = [name for name in OPERATIONS if name.startswith("layer_norm")]
+
+
+@pytest.mark.parametrize("name", [*LAYER_NORMS, "windows_in_dimension_0", "norm_twice", "norm_weight_plus_one"])
+def test_layer_norms_by_the_frameworks_kernel_equal_the_loop(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(norm, "_WORTH_A_CALL", 0)
+    _check(*_built(name, N))
 
 
 def _with_a_block_run_again(reentrant: bool) -> nn.Module:

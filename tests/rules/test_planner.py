@@ -11,7 +11,7 @@ from hf_dpvision import clipped_gradient, clipping
 from hf_dpvision.errors import ArgumentRefused
 from hf_dpvision.rules import planner as planner_file
 from hf_dpvision.rules.affine import AffineShape
-from hf_dpvision.rules.cost import Choice, NormRule, held, seconds
+from hf_dpvision.rules.cost import Choice, NormRule, held, non_private_seconds, seconds
 from hf_dpvision.rules.planner import Planner, non_private_peak, private_peak
 from hf_dpvision.uses import Slot, Theta
 
@@ -35,10 +35,10 @@ def test_one_pass_stays_within_the_bound_and_two_passes_are_taken_otherwise(mebi
     uses, saved = slots(), mebibytes * 2**20
     plan = Planner(memory_bound=1.0).plan(uses, N, NormRule.AUTO, 1, saved)
     least = {s: min(Choice, key=lambda c, shape=s.shape: (held(c, shape), c is not Choice.KEEP)) for s in uses}
-    possible = private_peak(uses, least, N, saved) <= max(2**26, non_private_peak(uses, saved))
+    possible = private_peak(uses, least, N, saved) <= max(2**26, non_private_peak(uses, N, saved))
     assert plan.backward_passes == (1 if possible else 2)
     if plan.backward_passes == 1:
-        assert private_peak(uses, plan.choices, N, saved) <= max(2**26, non_private_peak(uses, saved))
+        assert private_peak(uses, plan.choices, N, saved) <= max(2**26, non_private_peak(uses, N, saved))
     else:
         assert Choice.KEEP not in plan.choices.values()
 
@@ -80,3 +80,39 @@ def test_a_bound_that_is_no_ratio_is_refused(bound: float) -> None:
         clipped_gradient(
             net(), classification_loss, images(8, torch.float64), clipping=clipping.Flat(1.0), memory_bound=bound
         )
+
+
+def kept_gradients(inputs: int, outputs: int, uses: int) -> list[Slot]:
+    """Uses whose gradients are larger than what they come from, with nothing else to hold."""
+    shape = AffineShape(96, inputs, outputs)
+    thetas = [Theta(torch.empty(outputs, inputs), frozenset((str(i),)), True) for i in range(uses)]
+    return [Slot(theta, "linear", shape, None) for theta in thetas]
+
+
+def peak_over_plain(plan: planner_file.Plan, uses: list[Slot], saved: int) -> float:
+    return private_peak(uses, plan.choices, N, saved) / non_private_peak(uses, N, saved)
+
+
+def test_memory_is_not_spent_where_it_buys_hardly_any_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    uses, saved = kept_gradients(512, 512, 12), 200 * 2**20
+    dear = Planner(memory_bound=10.0).plan(uses, N, NormRule.AUTO, 1, saved)
+    monkeypatch.setattr(planner_file, "_TIME_FOR_MEMORY", 0.0)
+    free = Planner(memory_bound=10.0).plan(uses, N, NormRule.AUTO, 1, saved)
+    assert set(free.choices.values()) == {Choice.KEEP}
+    whole = sum(non_private_seconds(slot.shape.flops) for slot in uses)
+    extra = [sum(seconds(choice, slot.shape) for slot, choice in plan.choices.items()) for plan in (dear, free)]
+    slower = (extra[0] - extra[1]) / whole
+    lower = peak_over_plain(free, uses, saved) - peak_over_plain(dear, uses, saved)
+    assert lower > 0.5 and 0 <= slower <= 0.25 * lower
+
+
+def test_no_time_is_spent_where_the_peak_does_not_fall() -> None:
+    """What is held is far less than what was saved: it is held when that is released, and the peak is at the start."""
+    uses, saved = kept_gradients(512, 512, 12), 4 * 2**30
+    plan = Planner(memory_bound=10.0).plan(uses, N, NormRule.AUTO, 1, saved)
+    assert set(plan.choices.values()) == {Choice.KEEP}
+
+
+def test_the_same_sizes_give_the_same_plan() -> None:
+    plans = [Planner().plan(slots(), N, NormRule.AUTO, 1, 200 * 2**20) for _ in range(2)]
+    assert [list(plan.choices.values()) for plan in plans][0] == list(plans[1].choices.values())
