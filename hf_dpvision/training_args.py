@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from .clipping import Automatic, Clipping, Flat
 from .errors import ArgumentRefused
+from .optimisation_arguments import OptimisationArguments
 from .rules.cost import NormRule
 from .secure_noise import refuse_missing
 from .sharding import Sharding
@@ -28,7 +29,7 @@ _AUTO = "auto"
 
 
 @dataclass
-class DPTrainingArguments(UnitArguments, StreamArguments, TrainingArguments):
+class DPTrainingArguments(UnitArguments, StreamArguments, OptimisationArguments, TrainingArguments):
     """Arguments of `DPTrainer`: those of `TrainingArguments`, and the following.
 
     Exactly one of `target_epsilon` and `noise_multiplier` is given, unless `disable_dp` is set; `target_delta` and
@@ -207,6 +208,7 @@ class DPTrainingArguments(UnitArguments, StreamArguments, TrainingArguments):
         self._check_numbers()
         self._check_timeout()
         self._check_batch()
+        self.check_optimisation()
         if not self.disable_dp:
             self._check_budget()
         self.norm_rule = NormRule(self.norm_rule)
