@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from types import MappingProxyType
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
@@ -95,7 +96,9 @@ class OptimisingTrainer(PublishingTrainer):
     def _refuse_optimisation(self) -> None:
         self.args.check_optimisation()
         kind = None if self.optimizer_cls_and_kwargs is None else self.optimizer_cls_and_kwargs[0]
-        kind = kind if self.optimizer is None else type(getattr(self.optimizer, "optimizer", self.optimizer))
+        if self.optimizer is not None:
+            wrapped = isinstance(self.optimizer, AcceleratedOptimizer)
+            kind = type(self.optimizer.optimizer if wrapped else self.optimizer)
         if kind is not None and self.args.noise_bias_correction != issubclass(kind, AdamBC):
             raise ArgumentRefused(
                 f"noise_bias_correction={self.args.noise_bias_correction!r} with an optimizer that is there already, "
@@ -105,7 +108,7 @@ class OptimisingTrainer(PublishingTrainer):
 
     # Which weights are shown
 
-    def _released(self) -> Any:
+    def _released(self) -> AbstractContextManager[None]:
         return nullcontext() if self._average is None else self._average.in_place()
 
     def _release_average(self) -> None:

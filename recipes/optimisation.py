@@ -104,7 +104,7 @@ METHODS = (
     ),
 )
 FINE_TUNED = {METHODS[0].name: 5, METHODS[3].name: 3, METHODS[6].name: 3, METHODS[7].name: 3}  # method -> runs
-FEATURE_RUNS, MULTIPLES = 10, (0.5, 1.0, 2.0)
+FEATURE_RUNS, MULTIPLES = 5, (0.5, 1.0, 2.0)
 
 
 class Averages(TrainerCallback):
@@ -126,8 +126,11 @@ def main(command_line: list[str] | None = None) -> None:
     logging.set_verbosity_error()
     numbers = json.loads(NUMBERS.read_text()) if NUMBERS.exists() else {"accuracies": {}, "seconds": {}}
     if not options.report:
-        on_features(numbers)
-        fine_tuning(numbers)
+        parts = features()
+        for multiple in (1.0, *(other for other in MULTIPLES if other != 1.0)):
+            on_features(numbers, parts, multiple)
+        for runs in range(1, max(FINE_TUNED.values()) + 1):
+            fine_tuning(numbers, runs)
     REPORT.write_text(report(numbers), encoding="utf-8")
 
 
@@ -139,8 +142,8 @@ def noise_std() -> float:
     return sigma / BATCH
 
 
-def fine_tuning(numbers: dict) -> None:
-    """The embedded default recipe, biases and head."""
+def fine_tuning(numbers: dict, runs: int) -> None:
+    """The embedded default recipe, biases and head, so many runs of each method that has so many."""
     std = noise_std()
     for method in METHODS:
         rate = GAIN["fine-tuning"] * method.rate(std)
@@ -151,30 +154,29 @@ def fine_tuning(numbers: dict) -> None:
             given = ["--config", str(DEFAULT_CONFIG), "--do_eval", "true", "--check_images", "false", *words]
             return audited_trainer(folder, given)
 
-        measure(numbers, ("fine-tuning", method.name, "1"), trainer, FINE_TUNED.get(method.name, 0), method.averages)
+        wanted = min(runs, FINE_TUNED.get(method.name, 0))
+        measure(numbers, ("fine-tuning", method.name, "1"), trainer, wanted, method.averages)
 
 
-def on_features(numbers: dict) -> None:
+def on_features(numbers: dict, parts: list[FeatureExamples], multiple: float) -> None:
     """A linear head on what the last layer of the same model receives."""
-    std, parts = noise_std(), features()
+    std = noise_std()
     for method in METHODS:
-        for multiple in MULTIPLES:
-            rate = GAIN["features"] * method.rate(std) * multiple
-            options = {"learning_rate": rate, "lr_scheduler_type": "linear"} | method.options
+        rate = GAIN["features"] * method.rate(std) * multiple
+        options = {"learning_rate": rate, "lr_scheduler_type": "linear"} | method.options
 
-            def trainer(folder: str, options: dict = options) -> DPTrainer:
-                args = DPTrainingArguments(
-                    folder, target_epsilon=EPSILON, target_delta=DELTA, logical_batch_size=BATCH, max_steps=STEPS,
-                    per_device_train_batch_size=BATCH, per_device_eval_batch_size=BATCH, save_strategy="no",
-                    logging_strategy="no", self_check=False, dataloader_pin_memory=False, use_cpu=True, **options,
-                )  # fmt: skip
-                return DPTrainer(
-                    LinearProbe(parts[0].features.shape[1], 10), args, train_dataset=parts[0], eval_dataset=parts[1],
-                    compute_metrics=compute_metrics_for(10, "accuracy", {}),
-                )  # fmt: skip
+        def trainer(folder: str, options: dict = options) -> DPTrainer:
+            args = DPTrainingArguments(
+                folder, target_epsilon=EPSILON, target_delta=DELTA, logical_batch_size=BATCH, max_steps=STEPS,
+                per_device_train_batch_size=BATCH, per_device_eval_batch_size=BATCH, save_strategy="no",
+                logging_strategy="no", self_check=False, dataloader_pin_memory=False, use_cpu=True, **options,
+            )  # fmt: skip
+            return DPTrainer(
+                LinearProbe(parts[0].features.shape[1], 10), args, train_dataset=parts[0], eval_dataset=parts[1],
+                compute_metrics=compute_metrics_for(10, "accuracy", {}),
+            )  # fmt: skip
 
-            key = ("features", method.name, f"{multiple:g}")
-            measure(numbers, key, trainer, FEATURE_RUNS, method.averages)
+        measure(numbers, ("features", method.name, f"{multiple:g}"), trainer, FEATURE_RUNS, method.averages)
 
 
 def features() -> list[FeatureExamples]:
@@ -196,8 +198,7 @@ def measure(
     numbers: dict, key: tuple[str, str, str], make: Callable[[str], DPTrainer], runs: int, averages: bool
 ) -> None:
     """Train as often as is missing, and write down the accuracies of the last iterate and of its averages."""
-    place = numbers["accuracies"].setdefault(" | ".join(key), {})
-    while len(place.get(LAST, ())) < runs:
+    while len(numbers["accuracies"].get(" | ".join(key), {}).get(LAST, ())) < runs:
         started = time.process_time()
         with tempfile.TemporaryDirectory() as folder:
             trainer = make(folder)
@@ -211,6 +212,7 @@ def measure(
             for name, average in kept.of.items() if kept is not None else ():
                 with average.in_place():
                     found[name] = trainer.evaluate()["eval_accuracy"]
+        place = numbers["accuracies"].setdefault(" | ".join(key), {})
         for name, value in found.items():
             place.setdefault(name, []).append(value)
         numbers["seconds"].setdefault(key[0], []).append(round(time.process_time() - started, 2))
@@ -226,12 +228,12 @@ def measure(
 def report(numbers: dict) -> str:
     """Return the report as Markdown."""
     found = {tuple(key.split(" | ")): value for key, value in numbers["accuracies"].items()}
-    seconds = {part: mean(values) for part, values in numbers["seconds"].items()}
+    seconds = {part: mean(numbers["seconds"].get(part, [math.nan])) for part in GAIN}
     std = noise_std()
     versions = ", ".join(f"{name} {number}" for name, number in numbers["versions"].items())
     fine_tuned = []
     for method in METHODS:
-        if FINE_TUNED.get(method.name):
+        if ("fine-tuning", method.name, "1") in found:
             rate = f"{GAIN['fine-tuning'] * method.rate(std):.2g}"
             fine_tuned += rows_of(method.name, rate, found[("fine-tuning", method.name, "1")])
     return TEXT.format(
@@ -259,19 +261,22 @@ def rows_of(method: str, rate: str, values: dict[str, list[float]]) -> list[list
 
 def feature_rows(method: str, found: dict[tuple[str, str, str], dict[str, list[float]]]) -> list[list[str]]:
     """One row for the last iterates at each learning rate, one for each average."""
-    of_rate = [found[("features", method, f"{multiple:g}")] for multiple in MULTIPLES]
-    return [[method, weights, *(spread(values[weights]) for values in of_rate)] for weights in of_rate[0]]
+    of_rate = [found.get(("features", method, f"{multiple:g}"), {}) for multiple in MULTIPLES]
+    names = dict.fromkeys(name for values in of_rate for name in values)
+    shown = {name: [spread(values[name]) if name in values else "not run" for values in of_rate] for name in names}
+    return [[method, name, *cells] for name, cells in shown.items()]
 
 
 def spread(accuracies: list[float]) -> str:
     """Mean and standard deviation in per cent."""
-    deviation = 100 * stdev(accuracies) if len(accuracies) > 1 else math.nan
-    return f"{100 * mean(accuracies):.1f} ± {deviation:.1f} %"
+    deviation = f" ± {100 * stdev(accuracies):.1f}" if len(accuracies) > 1 else ""
+    return f"{100 * mean(accuracies):.1f}{deviation} %"
 
 
 def difference(points: list[float]) -> str:
     """Mean and standard error of paired differences in points."""
-    return f"{mean(points):+.1f} ± {stdev(points) / math.sqrt(len(points)):.1f} points"
+    error = f" ± {stdev(points) / math.sqrt(len(points)):.1f}" if len(points) > 1 else ""
+    return f"{mean(points):+.1f}{error} points"
 
 
 def table(headings: list[str], rows: list[list[str]]) -> str:
