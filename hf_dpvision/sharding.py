@@ -144,6 +144,28 @@ def as_shard(local: Tensor, like: DTensor) -> DTensor:
     )
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor, sharing its memory; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A copy of all of a tensor on the CPU; of a sharded one every process has to ask for it."""
+    tensor = tensor.detach()
+    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor.cpu().clone()
+
+
+def shard_of(value: Tensor, parameter: Tensor) -> Tensor:
+    """`value`, the same on every process, as `parameter` is: this process's shard of it, or all of it."""
+    return _shard_of(value, parameter) if isinstance(parameter, DTensor) else value
+
+
+def free_gathered(model: nn.Module) -> None:
+    """Free what FSDP2 has gathered for a forward pass, so that it gathers anew after a shard was changed by hand."""
+    for module in sharded_modules(model):
+        module.reshard()
+
+
 def full_weights(model: nn.Module) -> dict[str, Tensor] | None:
     """The whole state of a sharded model on the CPU of the first process, empty on the others; None if not sharded.
 

@@ -164,6 +164,7 @@ def public_settings(args: DPTrainingArguments) -> dict[str, Any]:
     kinds = {"optimizer": args.optim.value, "learning rate schedule": args.lr_scheduler_type.value}
     if args.augmentation_multiplicity > 1:
         kinds["augmentation multiplicity"] = args.augmentation_multiplicity
+    kinds |= args.optimisation_in_words()
     return kinds | {"precision": precision} | {name.replace("_", " "): value for name, value in chosen.items()}
 
 

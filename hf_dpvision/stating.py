@@ -215,8 +215,11 @@ class StatingTrainer(Trainer):
                 license=license,
                 results=self._results(datasets),
                 library_name="peft" if _is_peft_model(self.model) else "transformers",
-                training=public_settings(self.args),
+                training=self._settings_shown(),
             )
+
+    def _settings_shown(self) -> dict[str, Any]:
+        return public_settings(self.args)
 
     def _results(self, datasets: list[str]) -> list[CardResult]:
         """Return what was measured of the weights as they are now, if everyone may know it."""

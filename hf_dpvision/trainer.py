@@ -32,8 +32,8 @@ from .loader import as_read, example_loader, lost_workers_explained
 from .losses import losses_of_rows_together, model_losses
 from .mechanism import Mechanism, Randomness, SystemRandomness
 from .models import load_model
+from .optimising import OptimisingTrainer
 from .progress import ClaimAtStart, PrivacyProgress, StopWhenSpent
-from .publishing import PublishingTrainer
 from .rehearsal import Rehearsal
 from .run import PrivacyRun
 from .sampling import Draws, LogicalBatch, LogicalBatchLoader, MicrobatchStream
@@ -46,7 +46,7 @@ from .training_args import DPTrainingArguments
 logger = logging.getLogger(__name__)
 
 
-class DPTrainer(PublishingTrainer):
+class DPTrainer(OptimisingTrainer):
     """Fine-tune an image classifier with differential privacy.
 
     Guarantee: the weights, optimizer state and logs after every step are together `(epsilon, delta)`-differentially
@@ -211,6 +211,7 @@ class DPTrainer(PublishingTrainer):
         refuse_arguments(self.args)
         guards.refuse_accelerator(self.accelerator)
         guards.refuse_callbacks(self.callback_handler.callbacks, self.args)
+        self._refuse_optimisation()
         refuse_uploading_trackers(self.callback_handler.callbacks, self.args, os.environ)
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: DataLoader | None = None) -> nn.Module:

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from .clipping_arguments import CLIPPINGS, SHARES, STYLES, ClippingArguments
 from .errors import ArgumentRefused
+from .optimisation_arguments import OptimisationArguments
 from .rules.cost import NormRule
 from .secure_noise import refuse_missing
 from .sharding import Sharding
@@ -27,7 +28,9 @@ _AUTO = "auto"
 
 
 @dataclass
-class DPTrainingArguments(ClippingArguments, UnitArguments, StreamArguments, TrainingArguments):
+class DPTrainingArguments(
+    ClippingArguments, UnitArguments, StreamArguments, OptimisationArguments, TrainingArguments
+):
     """Arguments of `DPTrainer`: those of `TrainingArguments`, and the following.
 
     Exactly one of `target_epsilon` and `noise_multiplier` is given, unless `disable_dp` is set; `target_delta` and
@@ -194,6 +197,7 @@ class DPTrainingArguments(ClippingArguments, UnitArguments, StreamArguments, Tra
         self._check_numbers()
         self._check_timeout()
         self._check_batch()
+        self.check_optimisation()
         if not self.disable_dp:
             self._check_budget()
         self.norm_rule = NormRule(self.norm_rule)

@@ -386,6 +386,7 @@ def non_private_score(
             training_args,
             output_dir=scratch,
             disable_dp=True,
+            noise_bias_correction=False,  # there is no noise
             save_strategy="no",
             push_to_hub=False,
             learning_rate=data_args.non_private_learning_rate or training_args.learning_rate,

@@ -245,6 +245,43 @@ def job_sharded_without_privacy(folder: Path) -> None:
         torch.save(found, folder / "baseline" / "weights.pt")
 
 
+OPTIMISING_RUN = {
+    "max_steps": 12, "learning_rate": 0.01, "save_strategy": "steps", "save_steps": 8, "eval_dataset": Images(8),
+    "eval_strategy": "steps", "eval_steps": 5,
+}  # fmt: skip
+OPTIMISING = {
+    "tail": {"tail_averaging": 6, "low_pass_filter": 2, "optim": "sgd"},
+    "exponential": {"ema_decay": 0.8, "noise_bias_correction": True, "optim": "adamw_torch"},
+}
+
+
+def losses_and_spread(run: Any, metrics: dict[str, float]) -> list[float]:
+    """What evaluations in between found, and how far averaged iterates lie apart."""
+    losses = [logs["eval_loss"] for logs in run.state.log_history if "eval_loss" in logs]
+    return losses + [value for name, value in metrics.items() if "std" in name]
+
+
+def job_optimising(folder: Path) -> None:
+    """What comes behind the noise, with the model whole on both processes, and sharded; the latter also resumed."""
+    shapes = [tuple(parameter.shape) for parameter in tiny_vit().parameters()]
+    for name, changes in OPTIMISING.items():
+        own, settings = folder / "optimising" / name, OPTIMISING_RUN | changes
+        whole = trainer(own / "whole", tiny_vit(), **settings)
+        told = {"whole": losses_and_spread(whole, whole.train().metrics)}
+        found = {"whole": weights(whole.model)}
+        settings |= {"fsdp": True, "randomness": OwnShardOfTheNoise(0, shapes, 2)}
+        sharded = trainer(own / "sharded", tiny_vit(), **settings)
+        told["sharded"] = losses_and_spread(sharded, sharded.train().metrics)
+        found["sharded"] = gathered(sharded.model)
+        point = as_after_step(8, own / "sharded", own / "resumed")
+        again = trainer(own / "resumed", tiny_vit(), **settings | {"save_strategy": "no"})
+        told["resumed"] = losses_and_spread(again, again.train(resume_from_checkpoint=str(point)).metrics)
+        found["resumed"] = gathered(again.model)
+        report(own, told=told)
+        if RANK == 0:
+            torch.save(found, own / "weights.pt")
+
+
 def job_rare(folder: Path) -> None:
     """One example per step on average, so that a process often has none."""
     run, hashes = run_of(tiny_vit(), folder / "rare", logical_batch_size=1)

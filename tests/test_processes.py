@@ -14,9 +14,12 @@ from launching import ACCELERATE, TORCHRUN, Launched, launch, launched_once
 from processes_worker import (
     EXACT,
     MODELS,
+    OPTIMISING,
+    OPTIMISING_RUN,
     PLAIN_GRADIENTS,
     SHARDED_RUN,
     as_after_step,
+    losses_and_spread,
     noise_run,
     resumable,
     resumed,
@@ -50,7 +53,7 @@ def plain_runs(folder: Path) -> None:
 def torchrun(tmp_path_factory) -> Path:
     """The folder in which two processes of torchrun did all jobs but the deadly one; logs/ has their output."""
     jobs = ("equality", "rare", "noise", "disagreement", "sharded", "sharded_noise", "sharded_without_privacy",
-            "sharded_sneaky", "terminate", "full")  # fmt: skip
+            "sharded_sneaky", "terminate", "full", "optimising")  # fmt: skip
     launched = launched_once(tmp_path_factory, "torchrun", TORCHRUN, WORKER, *jobs, prepare=plain_runs)
     assert launched.code == 0, launched.stderr[-3000:]
     return launched.folder
@@ -233,12 +236,26 @@ def test_without_privacy_a_sharded_model_equals_that_of_one_process(torchrun, tm
     assert (weights(run.model) - sharded).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("name", OPTIMISING)
+def test_what_comes_behind_the_noise_is_the_same_whole_sharded_and_resumed(torchrun, tmp_path, name):
+    own = torchrun / "optimising" / name
+    run = trainer(tmp_path, tiny_vit(), **OPTIMISING_RUN | OPTIMISING[name])
+    told = losses_and_spread(run, run.train().metrics)
+    found = torch.load(own / "weights.pt", weights_only=True)
+    assert len(told) == (5 if name == "tail" else 3)
+    for kind in ("whole", "sharded", "resumed"):
+        assert (found[kind] - weights(run.model)).abs().max() < 1e-6, kind
+        for report in reports(own):
+            assert report["told"][kind] == pytest.approx(told, rel=1e-5), kind
+    assert torch.equal(found["sharded"], found["resumed"])
+
+
 def test_only_the_first_process_prints_and_writes(torchrun):
     def output(rank: int, stream: str) -> str:
         (log,) = (torchrun / "logs").glob(f"**/{rank}/{stream}.log")
         return log.read_text()
 
-    assert output(0, "stdout").count("What this run will claim") == 19 and output(1, "stdout") == ""
+    assert output(0, "stdout").count("What this run will claim") == 25 and output(1, "stdout") == ""
     assert "claim" not in output(1, "stderr") and "train_runtime" not in output(1, "stderr")
     for family in MODELS:
         written = {rank: torchrun / family / f"files{rank}" for rank in (0, 1)}

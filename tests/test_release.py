@@ -27,12 +27,13 @@ MAY_LEAVE = (
 LEFT_BY_TRAINER = (
     "training_args.bin", "trainer_state.json", "train_results.json", "eval_results.json", "all_results.json",
     "optimizer.pt", "scheduler.pt", "rng_state.pth", "rng_state_1.pth", "checkpoint-4/model.safetensors",
-    "checkpoint-4/rng_state.pth", "runs/Nov25/events.out.tfevents.1.host.0", "privacy/lock", "_push-x/config.json",
+    "checkpoint-4/rng_state.pth", "checkpoint-4/iterate.safetensors",
+    "runs/Nov25/events.out.tfevents.1.host.0", "privacy/lock", "_push-x/config.json",
 )  # fmt: skip
 UNEXPECTED = (
     "notes.txt", "predictions.csv", "gradients.safetensors", "model.bin", "pytorch_model.bin", "other/config.json",
-    "other/adapter_model.safetensors", "README.md.bak", "my_model.safetensors", "model-1-of-2.safetensors",
-    "privacy.txt",
+    "other/adapter_model.safetensors", "README.md.bak", "my_model.safetensors", "iterate.safetensors",
+    "model-1-of-2.safetensors", "privacy.txt",
 )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from hf_dpvision.clipping import Flat
 from hf_dpvision.errors import ArgumentRefused, BudgetExceeded, ModelRefused
 from hf_dpvision.mechanism import FixedRandomness
 from hf_dpvision.noise import NoiseSource
+from hf_dpvision.optimising import OptimisingTrainer
 from hf_dpvision.publishing import PublishingTrainer
 from hf_dpvision.sampling import LogicalBatch, PoissonSampler
 from hf_dpvision.stating import StatingTrainer
@@ -476,7 +477,7 @@ def test_gradients_are_written_for_an_empty_batch_too(tmp_path):
 
 
 def test_overridden_methods_still_exist_upstream():
-    own = {**vars(StatingTrainer), **vars(PublishingTrainer), **vars(DPTrainer)}
+    own = {**vars(StatingTrainer), **vars(PublishingTrainer), **vars(OptimisingTrainer), **vars(DPTrainer)}
     for name, method in own.items():
         overridden = getattr(Trainer, name, None)
         if not callable(method) or overridden is None or name in ("__init__", "hyperparameter_search"):
