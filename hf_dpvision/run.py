@@ -8,13 +8,14 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from . import processes
-from .accounting import Bounds, Event, Ledger
+from .accounting import Bounds, Event, Ledger, Search
 from .accounting.journal import FILE, FOLDER, History, Journal, Mark
 from .checkpoints import ResumePoint
 from .errors import AccountingError, DPVisionError, LedgerRefused
@@ -78,9 +79,34 @@ class PrivacyRun:
         self._noise = randomness.noise_source(device)
         self._journal: Journal | None = None  # that of the last private call, in the process that writes it
         self.continues: str | None = None  # what a reader must know of a run that was taken up again
+        self.search: Search | None = None  # over settings, that this run is a part of
         self._rows = RowSource.INDEXED
         self._calls = 0
         self._shown: dict[int, float] = {}
+
+    def take_up(self, folder: Path, call: int = -1) -> None:
+        """Go on with the ledger below `folder` as the trainer that wrote it would: what it has stays charged.
+
+        Args:
+            folder: the output folder of that trainer.
+            call: number of the `train()` that the weights at hand come from; its plan is what is stated.
+
+        Raises:
+            LedgerRefused: there is none, it was edited, or it is in use.
+        """
+        journal = Journal(folder)
+        try:
+            if journal.history is None:
+                raise LedgerRefused(
+                    f"There is no {folder.name}/{FOLDER}/{FILE}: what was spent is in it and nowhere else. Restore it."
+                )
+            journal.mend()
+        finally:
+            journal.close()
+        facts = journal.history.calls[call]
+        self.ledger, self._journal = journal.history.ledger, journal
+        self.plan = replace(plan_of(facts), rows=RowSource(facts["rows"]))
+        self.without_privacy |= facts["unprotected_before"]
 
     @contextmanager
     def started(
@@ -231,7 +257,7 @@ class PrivacyRun:
         stride = max(1, total // _SHOWN)
         shown_at = min(total, math.ceil(charged / stride) * stride)
         if shown_at not in self._shown:
-            bounds = _certified(self._ahead(shown_at - charged), self.plan.delta, accountant)
+            bounds = self._certified(self._ahead(shown_at - charged), self.plan.delta, accountant)
             self._shown[shown_at] = bounds.upper
         return self._shown[shown_at]
 
@@ -257,6 +283,7 @@ class PrivacyRun:
             was_unprotected=self.without_privacy,
             mark=self.mark,
             cryptographic=source.cryptographic,
+            search=self.search,
         )
 
     def _bounds(self, args: DPTrainingArguments, ledger: Ledger, delta: float | None) -> Bounds:
@@ -264,22 +291,24 @@ class PrivacyRun:
         if self.without_privacy or args.disable_dp:
             return Bounds(math.inf, math.inf, math.inf, accountant="exact", delta=delta or 0.0)
         if ledger is self.ledger:
-            return _certified(ledger, delta, args.accountant)
-        return ledger.epsilon(delta, args.accountant)  # a plan that nobody can answer for is not begun
+            return self._certified(ledger, delta, args.accountant)
+        return self._cost(ledger, delta, args.accountant)  # a plan that nobody can answer for is not begun
+
+    def _cost(self, ledger: Ledger, delta: float, accountant: str) -> Bounds:
+        return (self.search or Search(1)).epsilon(ledger, delta, accountant)
+
+    def _certified(self, ledger: Ledger, delta: float, accountant: str) -> Bounds:
+        """Return epsilon of what was spent; infinite if the accountants contradict one another, for no training is
+        lost over a number that the ledger will give later."""
+        try:
+            return self._cost(ledger, delta, accountant)
+        except AccountingError as error:
+            logger.error("Epsilon is reported as infinite. %s", error)
+            return Bounds(0.0, math.inf, math.inf, accountant="none", delta=delta, notes=(str(error),))
 
     def _ahead(self, steps: int) -> Ledger:
         more = Event(self.plan.sample_rate, self.plan.noise_multiplier, steps)
         return Ledger((*self.ledger.events, more))
-
-
-def _certified(ledger: Ledger, delta: float, accountant: str) -> Bounds:
-    """Return epsilon of what was spent; infinite if the accountants contradict one another, for no training is lost
-    over a number that the ledger will give later."""
-    try:
-        return ledger.epsilon(delta, accountant)
-    except AccountingError as error:
-        logger.error("Epsilon is reported as infinite. %s", error)
-        return Bounds(0.0, math.inf, math.inf, accountant="none", delta=delta, notes=(str(error),))
 
 
 def _resumable(history: History | None, point: ResumePoint, folder: str) -> History:
