@@ -13,6 +13,8 @@ from typing import Any
 from torch import nn
 
 from . import accounting
+from .accounting import Search
+from .accounting.search import search_of
 from .errors import ArgumentRefused, BudgetExceeded
 from .streaming import RowSource
 from .training_args import DPTrainingArguments
@@ -157,7 +159,9 @@ def facts_of(args: DPTrainingArguments, dataset_size: int, model: nn.Module, sec
     }
 
 
-def written_facts(facts: Mapping[str, Any], plan: Plan, position: int, unprotected: bool) -> dict[str, Any]:
+def written_facts(
+    facts: Mapping[str, Any], plan: Plan, position: int, unprotected: bool, search: Search | None = None
+) -> dict[str, Any]:
     """Return the record of a call of `train()`: `facts_of` with what was planned."""
     return {
         **facts,
@@ -168,7 +172,14 @@ def written_facts(facts: Mapping[str, Any], plan: Plan, position: int, unprotect
         "total_steps": plan.total_steps,
         "resumed_behind_step": position,
         "unprotected_before": unprotected,
+        "search": None if search is None else search.to_dict(),
     }
+
+
+def search_in(written: Mapping[str, Any] | None) -> Search | None:
+    """Return the search that `written_facts` speaks of: weights that came from it go on costing what it cost."""
+    content = None if written is None else written.get("search")
+    return None if content is None else search_of(content)
 
 
 def plan_of(written: Mapping[str, Any]) -> Plan:

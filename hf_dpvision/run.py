@@ -19,6 +19,7 @@ from .accounting import Bounds, Event, Ledger, Search
 from .accounting.journal import FILE, FOLDER, History, Journal, Mark
 from .checkpoints import ResumePoint
 from .errors import AccountingError, DPVisionError, LedgerRefused
+from .guards_ledger import refuse_another_run, resumable
 from .mechanism import Mechanism, PrivateMechanism, Randomness, WithoutPrivacy
 from .plan import (
     Plan,
@@ -28,6 +29,7 @@ from .plan import (
     plan_resumed,
     refuse_another_unit,
     refuse_changed_facts,
+    search_in,
     written_facts,
 )
 from .statement import NEIGHBORS, RunRecord
@@ -107,6 +109,7 @@ class PrivacyRun:
         self.ledger, self._journal = journal.history.ledger, journal
         self.plan = replace(plan_of(facts), rows=RowSource(facts["rows"]))
         self.without_privacy |= facts["unprotected_before"]
+        self.search = search_in(facts)
 
     @contextmanager
     def started(
@@ -153,6 +156,7 @@ class PrivacyRun:
         journal: Journal | None,
     ) -> None:
         facts, before, unprotected = facts_of(args, dataset_size, model, self.randomness.secret), self.plan, False
+        self.search = self.search or search_in(spent.facts)  # whose result is trained on
         if point is not None:
             refuse_changed_facts(facts, spent.facts)
             before, unprotected = plan_of(spent.facts), spent.facts["unprotected_before"]
@@ -165,7 +169,7 @@ class PrivacyRun:
         if journal is not None:
             position = point.step if point is not None else 0
             journal.start(
-                written_facts(facts, self.plan, position, self.without_privacy),
+                written_facts(facts, self.plan, position, self.without_privacy, self.search),
                 privacy_unit=args.privacy_unit,
                 neighboring_relation=NEIGHBORS,
             )
@@ -199,9 +203,9 @@ class PrivacyRun:
     def _read(self, journal: Journal, point: ResumePoint | None) -> _Spent:
         history, folder = journal.history, journal.folder.name
         if point is not None:
-            return self._spent(_resumable(history, point, folder))
+            return self._spent(resumable(history, point, folder))
         if self._journal is not None:
-            _same_run(history, self._journal, journal)
+            refuse_another_run(history, self._journal, journal)
             return self._spent(history)
         if history is not None:
             raise LedgerRefused(
@@ -309,39 +313,3 @@ class PrivacyRun:
     def _ahead(self, steps: int) -> Ledger:
         more = Event(self.plan.sample_rate, self.plan.noise_multiplier, steps)
         return Ledger((*self.ledger.events, more))
-
-
-def _resumable(history: History | None, point: ResumePoint, folder: str) -> History:
-    where = f"{folder}/{FOLDER}/{FILE}"
-    if history is None:
-        raise LedgerRefused(
-            f"There is no {where}: what the run has spent is in its ledger and nowhere else, so that it cannot be "
-            "continued without it. Restore the file, or set output_dir to the folder that has it."
-        )
-    if point.folder is None:
-        return history
-    if point.mark is None:
-        raise LedgerRefused(
-            f"{point.folder.name} names no ledger: it was saved without privacy, or by a release that kept none. "
-            "Start a new run from its weights; nothing can be claimed for what they have seen."
-        )
-    if not history.contains(point.mark) or history.steps_before[point.mark.records - 1] < point.step:
-        raise LedgerRefused(
-            f"{point.folder.name} was saved when the ledger of run {point.mark.run_id} had {point.mark.records} "
-            f"records; {where} is of run {history.run_id}, has {len(history.chains)} records, and did not go through "
-            "that state. It is another run's, or an older copy, and would hide what was spent. Restore the right one."
-        )
-    return history
-
-
-def _same_run(history: History | None, earlier: Journal, now: Journal) -> None:
-    if now.folder != earlier.folder:
-        raise LedgerRefused(
-            f"output_dir was {earlier.folder.name!r} at the first train() and is {now.folder.name!r} now: the ledger "
-            "of a run stays where it is. Set it back, or make a new DPTrainer; its epsilon adds to what was spent."
-        )
-    if history is None or not history.contains(earlier.mark):
-        raise LedgerRefused(
-            f"{now.folder.name}/{FOLDER}/{FILE} no longer has what this trainer wrote into it: it was removed or "
-            "replaced. Restore it from a copy."
-        )

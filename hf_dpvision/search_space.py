@@ -13,8 +13,7 @@ from .errors import ArgumentRefused
 # Settings that neither say whom the guarantee protects nor where things are written.
 _FREE = (
     "learning_rate", "weight_decay", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon",
-    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "label_smoothing_factor", "clipping",
-    "per_sample_max_grad_norm", "augmentation_multiplicity",
+    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "clipping", "per_sample_max_grad_norm",
 )  # fmt: skip
 # Those that epsilon depends on: they may differ between runs only if all runs are composed.
 _PRICED = ("logical_batch_size", "max_steps", "num_train_epochs", "noise_multiplier")
@@ -76,13 +75,14 @@ def _refuse_step(name: str, step: float) -> None:
         raise ArgumentRefused(f"The range of {name!r} has step={step!r}, which must be above 0.")
 
 
-def drawn_candidates(space: Space, runs: int, *, composed: bool) -> list[dict[str, Any]]:
+def drawn_candidates(space: Space, runs: int, *, composed: bool, calibrated: bool) -> list[dict[str, Any]]:
     """Draw the settings of so many runs.
 
     Args:
         space: gives the settings of one run, from the draws it is lent.
         runs: how many.
         composed: whether all runs are composed, so that they may cost differently.
+        calibrated: whether the noise follows from a target.
 
     Raises:
         ArgumentRefused: a setting may not be searched over, or cannot be written down.
@@ -90,6 +90,11 @@ def drawn_candidates(space: Space, runs: int, *, composed: bool) -> list[dict[st
     candidates = [dict(space(Draws())) for _ in range(runs)]
     for candidate in candidates:
         _refuse_settings(candidate, composed)
+        if calibrated and "noise_multiplier" in candidate:
+            raise ArgumentRefused(
+                "The search space varies 'noise_multiplier', and target_epsilon decides about the noise of all runs. "
+                "Leave one of them out."
+            )
     return candidates
 
 

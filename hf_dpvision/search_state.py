@@ -10,7 +10,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 
 from .accounting.journal import sync
 from .accounting.lock import FolderLock
-from .errors import ArgumentRefused, LedgerError
+from .errors import ArgumentRefused, CheckpointError, LedgerError
 
 
 WORK = "_search"  # a name that release.py keeps on this machine
@@ -49,6 +49,8 @@ class SearchState:
         noise_multiplier: of all runs; None where the candidates give their own.
         stopping: how their number was drawn, as plain values; None where all runs are composed.
         maximise: whether a larger score is better.
+        facts: those of `plan.facts_of`, which may not change while a search goes on.
+        costs: sample rate, noise multiplier (0 if it follows from a target) and steps of each run.
         started: runs that may have looked at the data.
         results: of those that came to their end, by number.
         best: number of the best of them.
@@ -58,6 +60,8 @@ class SearchState:
     noise_multiplier: float | None
     stopping: Mapping[str, Any] | None
     maximise: bool
+    facts: Mapping[str, Any]
+    costs: Sequence[Mapping[str, Any]]
     started: int = 0
     results: Mapping[int, Result] = field(default_factory=dict)
     best: int | None = None
@@ -145,15 +149,24 @@ class SearchFolder:
             ) from error
 
     def keep(self, number: int, save: Callable[[Path], None]) -> None:
-        """Put aside what `save` writes of run `number`, whole or not at all."""
+        """Put aside what `save` writes of run `number`, whole or not at all.
+
+        Raises:
+            CheckpointError: it could not be written; what was kept of an earlier run is whole.
+        """
         draft = self.path / "draft"
         shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir()
-        save(draft)
-        for path in [*draft.rglob("*"), draft]:
-            sync(path)
-        shutil.rmtree(self.kept(number), ignore_errors=True)
-        draft.rename(self.kept(number))
+        try:
+            draft.mkdir()
+            save(draft)
+            for path in [*draft.rglob("*"), draft]:
+                sync(path)
+            draft.rename(self.kept(number))
+        except OSError as error:
+            raise CheckpointError(
+                f"The best run so far could not be put aside ({error}). What it spent stays charged, and it is lost. "
+                "Make room and go on with resume=True."
+            ) from error
 
     def kept(self, number: int) -> Path:
         """Where `keep` put it."""

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,18 @@ from transformers.trainer_callback import DefaultFlowCallback
 from transformers.trainer_utils import BestRun, default_compute_objective
 
 from . import guards
-from .accounting import Event, Ledger, Search, Stopping
+from .accounting import Event, Search, Stopping
 from .accounting.calibration import noise_multiplier_of_runs, noise_multiplier_of_search
-from .accounting.claim import round_up
 from .accounting.journal import FILE, FOLDER, read_journal
-from .accounting.selection import draw_runs, runs_at, stopping_of
+from .accounting.selection import draw_runs, stopping_of
 from .checkpoints import WEIGHTS
-from .errors import BudgetExceeded
+from .errors import ArgumentRefused, BudgetExceeded
 from .guards_search import refuse_search
-from .plan import planned_steps
-from .progress import MARK, StopWhenSpent
+from .plan import facts_of, planned_steps, refuse_changed_facts
+from .progress import MARK, SilentProgress, StopWhenSpent
 from .publishing import PublishingTrainer
 from .run import PrivacyRun
+from .search_record import announced, priced, written_record
 from .search_space import Space, drawn_candidates
 from .search_state import Result, SearchFolder, SearchState
 from .termination import StopWhenTerminated
@@ -41,7 +40,25 @@ _NEEDED = (DefaultFlowCallback, StopWhenSpent, StopWhenTerminated)  # callbacks 
 
 
 class SearchingTrainer(PublishingTrainer):
-    """A `Trainer` whose search over settings is part of what its statement claims."""
+    """A `Trainer` whose search over settings is part of what its statement claims.
+
+    Guarantee: what is stated from the first run on (`epsilon`, `privacy.json`, the card) is the total. Two ways:
+
+    - `n_trials` runs, all of which are composed: each step of each is in the ledger of `output_dir` before it is
+      taken. Everything of all runs may be released.
+    - `stopping`, such as `accounting.TruncatedNegativeBinomial(mean=5)`: as many runs as a secret draw says, of which
+      the best alone may be released (Papernot and Steinke 2022, arXiv:2110.03620, Theorems 2 and 6). No callback hears
+      of a run, and what the others left is removed at the end. The number of runs stays private as well; whoever
+      watches the search, or knows how long it took, learns something of it.
+
+    `target_epsilon` is the budget of the whole search: the noise of the runs, which all get the same, follows from it.
+    With `noise_multiplier`, epsilon is what the runs add up to. The settings of all runs are drawn before the first
+    one, from the operating system's entropy. Runs write no checkpoints. A search that was killed goes on with
+    `resume=True`; a run that was under way is lost, stays charged, and is not repeated.
+
+    The score comes from `eval_dataset`, which has to be held out: its examples are not covered, and if they are not
+    public, the statement says that the choice is not covered for them either.
+    """
 
     def hyperparameter_search(
         self,
@@ -53,28 +70,12 @@ class SearchingTrainer(PublishingTrainer):
         stopping: Stopping | None = None,
         resume: bool = False,
     ) -> BestRun:
-        """Train with settings drawn at random, and keep the best model; epsilon is that of the whole search.
-
-        Guarantee: what is stated from the first run on (`epsilon`, `privacy.json`, the card) is the total. Two ways:
-
-        - `n_trials` runs, all of which are composed: each step of each is in the ledger of `output_dir` before it is
-          taken. Everything of all runs may be released.
-        - `stopping`, such as `accounting.TruncatedNegativeBinomial(mean=5)`: as many runs as a secret draw says, of
-          which the best alone may be released (Papernot and Steinke 2022, arXiv:2110.03620, Theorems 2 and 6). No
-          callback hears of a run, and what the others left is removed at the end. The number of runs stays private
-          as well; whoever watches the search, or knows how long it took, learns something of it.
-
-        `target_epsilon` is the budget of the whole search: the noise of the runs, which all get the same, follows from
-        it. With `noise_multiplier`, epsilon is what the runs add up to. The settings of all runs are drawn before the
-        first one, from the operating system's entropy. Runs write no checkpoints. A search that was killed goes on
-        with `resume=True`; a run that was under way is lost, stays charged, and is not repeated.
-
-        The score comes from `eval_dataset`, which has to be held out: its examples are not covered, and if they are
-        not public, the statement says that the choice is not covered for them either.
+        """Train with settings drawn at random, and keep the best model; see the class for what is guaranteed.
 
         Args:
             hp_space: gives the settings of one run, arguments by name; it is lent an object with the methods
-                `suggest_float`, `suggest_int` and `suggest_categorical` of an optuna trial.
+                `suggest_float`, `suggest_int` and `suggest_categorical` of an optuna trial. What it gives depends on
+                nothing but these draws, and certainly not on the data.
             compute_objective: the score, from the metrics of `evaluate`; by default as in `Trainer`.
             n_trials: number of runs; not with `stopping`.
             direction: "minimize" or "maximize".
@@ -99,6 +100,7 @@ class SearchingTrainer(PublishingTrainer):
         with folder.held():
             if resume:
                 state = folder.read()
+                self._refuse_changes(state)
             else:
                 state = self._drawn(hp_space, n_trials, direction == "maximize", stopping)
                 folder.write(state)
@@ -106,30 +108,54 @@ class SearchingTrainer(PublishingTrainer):
 
     def _drawn(self, space: Space, runs: int | None, maximise: bool, stopping: Stopping | None) -> SearchState:
         """Decide everything that a search needs to decide, without looking at the data beyond its size."""
+        target, delta = self.args.target_epsilon, self.args.target_delta
         count = draw_runs(stopping) if runs is None else runs
-        candidates = drawn_candidates(space, count, composed=stopping is None)
-        args = [self._with_settings(self.args, candidate) for candidate in candidates] or [self.args]
-        units = guards.group_units(self.train_dataset, self.args)
-        sizes = [guards.refuse_dataset(self.train_dataset, one, units) for one in args]
-        costs = [
-            (one.logical_batch_size / size, planned_steps(one, size)) for one, size in zip(args, sizes, strict=True)
-        ]
-        sigma, target, delta = self.args.noise_multiplier, self.args.target_epsilon, self.args.target_delta
+        candidates = drawn_candidates(space, count, composed=stopping is None, calibrated=target is not None)
+        facts, costs, sigma = *self._planned(candidates), None
         if target is not None and stopping is None:
-            accountant = self.args.accountant
-            sigma = noise_multiplier_of_runs(costs, target_epsilon=target, delta=delta, accountant=accountant)
+            sigma = noise_multiplier_of_runs(
+                [(event.sample_rate, event.steps) for event in costs],
+                target_epsilon=target, delta=delta, accountant=self.args.accountant,
+            )  # fmt: skip
         elif target is not None:
-            (rate, steps), *_ = costs
             sigma = noise_multiplier_of_search(
-                target_epsilon=target, delta=delta, sample_rate=rate, steps=steps, stopping=stopping
-            )
-        noise = [sigma if target is not None else one.noise_multiplier for one in args]
-        events = [Event(rate, own, steps) for (rate, steps), own in zip(costs, noise, strict=True)]
-        tqdm.write(_announced(self.args, events, stopping))
-        return SearchState(
-            tuple(candidates), sigma if target is not None else None,
-            None if stopping is None else stopping.to_dict(), maximise,
-        )  # fmt: skip
+                target_epsilon=target, delta=delta, sample_rate=costs[0].sample_rate, steps=costs[0].steps,
+                stopping=stopping,
+            )  # fmt: skip
+        priced_runs = costs if sigma is None else [replace(event, noise_multiplier=sigma) for event in costs]
+        tqdm.write(announced(self.args, priced_runs, stopping))
+        record = None if stopping is None else stopping.to_dict()
+        return SearchState(tuple(candidates), sigma, record, maximise, facts, [asdict(event) for event in costs])
+
+    def _planned(self, candidates: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], list[Event]]:
+        """The public facts of the search, and what each run costs, with noise 0 where it follows from a target."""
+        units = guards.group_units(self.train_dataset, self.args)
+        size = guards.refuse_dataset(self.train_dataset, self.args, units)
+        costs = []
+        try:
+            for args in [self._with_settings(self.args, candidate) for candidate in candidates] or [self.args]:
+                guards.refuse_dataset(self.train_dataset, args, units)
+                rate, steps = args.logical_batch_size / size, planned_steps(args, size)
+                costs.append(Event(rate, args.noise_multiplier or 0.0, steps))
+        finally:
+            self._use(self.args)
+        return facts_of(self.args, size, self.model, self._run.randomness.secret), costs
+
+    def _refuse_changes(self, state: SearchState) -> None:
+        """Raise if the runs that are left would not be those that were planned.
+
+        Raises:
+            ArgumentRefused: naming what has changed.
+        """
+        facts, costs = self._planned(state.candidates)
+        refuse_changed_facts(facts, state.facts)
+        for number, (now, then) in enumerate(zip(map(asdict, costs), state.costs, strict=True)):
+            if now != then:
+                raise ArgumentRefused(
+                    f"The search to be gone on with was planned with other runs: run {number} would be {now}, and was "
+                    f"to be {then}. Its cost holds for those. Set max_steps, num_train_epochs, logical_batch_size and "
+                    "noise_multiplier back."
+                )
 
     def _searched(
         self, folder: SearchFolder, state: SearchState, score: Callable[[dict[str, float]], float]
@@ -142,7 +168,8 @@ class SearchingTrainer(PublishingTrainer):
             self._run.take_up(Path(args.output_dir))
         try:
             if stopping is not None:
-                self.callback_handler.callbacks = [one for one in listening if isinstance(one, _NEEDED)]
+                bars = [] if args.disable_tqdm else [SilentProgress()]
+                self.callback_handler.callbacks = [*(one for one in listening if isinstance(one, _NEEDED)), *bars]
             for number in range(state.started, len(state.candidates)):
                 state = state.begun()
                 folder.write(state)
@@ -176,8 +203,8 @@ class SearchingTrainer(PublishingTrainer):
             self._run = PrivacyRun(self._run.randomness, args.device)
             output_dir = str(folder.running())
         self._run.search = Search(state.started) if stopping is None else Search(None, stopping)
-        settings = _priced(state, number)
-        self._use(self._with_settings(args, settings, output_dir=output_dir, save_strategy="no"))
+        settings = priced(state, number)
+        self._use(self._with_settings(args, settings, output_dir=output_dir, save_strategy="no", push_to_hub=False))
 
     def _use(self, args: DPTrainingArguments) -> None:
         self.args = args
@@ -216,7 +243,7 @@ class SearchingTrainer(PublishingTrainer):
                 "epsilon."
             )
         best, kept = state.results[state.best], folder.kept(state.best)
-        self._use(self._with_settings(self.args, _priced(state, state.best)))
+        self._use(self._with_settings(self.args, priced(state, state.best)))
         self.model.load_state_dict(safetensors.torch.load_file(kept / WEIGHTS))
         self.state = TrainerState.load_from_json(str(kept / TRAINER_STATE_NAME))
         if stopping is not None:
@@ -224,56 +251,13 @@ class SearchingTrainer(PublishingTrainer):
             shutil.copyfile(kept / FILE, output_dir / FOLDER / FILE)
         self._run.take_up(output_dir, best.call)
         self._run.search = Search(state.started) if stopping is None else Search(None, stopping)
-        record = _record(state, self._run.epsilon(self.args, None).to_dict(), self.args.eval_data)
+        record = written_record(state, self._run.epsilon(self.args, None).to_dict(), self.args.eval_data)
         (output_dir / RECORD).write_text(json.dumps(record, indent=2) + "\n")
         folder.remove()
         name = str(state.best) if stopping is None else "best"
         return BestRun(name, best.objective, dict(state.candidates[state.best]))
 
 
-def _priced(state: SearchState, number: int) -> dict[str, Any]:
-    """The settings of a run with the noise of the search, if that was calibrated."""
-    noise = {} if state.noise_multiplier is None else {"noise_multiplier": state.noise_multiplier}
-    return {**state.candidates[number], **noise}
-
-
 def _objective(metrics: dict[str, float]) -> float:
     """The default score of `Trainer`, from what was measured alone."""
     return default_compute_objective({name: value for name, value in metrics.items() if not name.endswith(MARK)})
-
-
-def _announced(args: DPTrainingArguments, events: Sequence[Event], stopping: Stopping | None) -> str:
-    """What the search will cost, said before anything is spent."""
-    ledger = Ledger(events[:1] if stopping is not None else events)
-    search = Search(len(events)) if stopping is None else Search(None, stopping)
-    total = f"epsilon <= {round_up(search.epsilon(ledger, args.target_delta, args.accountant).upper)}"
-    total += f" at delta = {args.target_delta:g} for the whole search"
-    if stopping is None:
-        return f"A search of {len(events)} runs, all of which are composed: {total}."
-    return (
-        f"A search with random stopping: {stopping.mean:g} runs on average, at most {runs_at(stopping, 0.95)} with a "
-        f"probability of 95 %. How many it will be is secret. {total[0].upper()}{total[1:]}, of which the best run "
-        "alone may be released."
-    )
-
-
-def _record(state: SearchState, epsilon: Mapping[str, Any], eval_data: str) -> dict[str, Any]:
-    """What `search.json` says: of all runs, or with random stopping of the best one alone."""
-    of_all = {
-        "method": "composition" if state.stopping is None else "random-stopping",
-        "stopping": state.stopping,
-        "epsilon": epsilon,
-        "direction": "maximize" if state.maximise else "minimize",
-        "objective_is_private": eval_data != "public",
-    }
-    scores = [_plain(state.results.get(number)) for number in range(len(state.candidates))]
-    runs = [{"settings": _priced(state, number), "objective": score} for number, score in enumerate(scores)]
-    if state.stopping is not None:
-        return {**of_all, "best": runs[state.best]}
-    return {**of_all, "best": state.best, "runs": runs}
-
-
-def _plain(result: Result | None) -> float | str | None:
-    if result is None:  # lost
-        return None
-    return result.objective if math.isfinite(result.objective) else str(result.objective)

@@ -181,6 +181,20 @@ def test_no_callback_hears_of_a_run_whose_number_is_secret(tmp_path, monkeypatch
     assert run.callback_handler.callbacks == callbacks
 
 
+def test_no_run_is_uploaded(tmp_path, monkeypatch):
+    of_runs(monkeypatch, 2)
+    run = searching(tmp_path, save_strategy="steps", save_steps=2)
+    run.args.push_to_hub = True
+
+    def uploads(*args, **kwargs):
+        pytest.fail("uploaded")
+
+    for name in ("push_to_hub", "_push_from_checkpoint", "_save_checkpoint"):
+        monkeypatch.setattr(run, name, uploads)
+    run.hyperparameter_search(space, stopping=STOPPING)
+    assert run.args.save_strategy == "steps" and run.args.push_to_hub
+
+
 def test_a_killed_search_goes_on_with_the_lost_run_charged(tmp_path):
     run = searching(tmp_path, callbacks=[KillAt(STEPS + 2)])
     with pytest.raises(Killed):
@@ -208,6 +222,26 @@ def test_a_search_killed_in_its_last_run_ends_with_the_best_of_the_others(tmp_pa
     again.hyperparameter_search(resume=True)
     assert again._run.ledger.steps == 2 * STEPS + 2
     assert findings(again) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"max_steps": 9}, "run 0 would be"),
+        ({"noise_multiplier": 5.0}, "noise_multiplier: 5.0 now, 1.0 before"),
+        ({"logical_batch_size": 16}, "logical_batch_size: 16 now"),
+        ({"target_delta": 1e-3}, "target_delta"),
+        ({"train_dataset": Images(32)}, "dataset_size: 32 now"),
+    ],
+)
+def test_a_search_does_not_go_on_with_runs_of_another_cost(tmp_path, monkeypatch, changes, words):
+    of_runs(monkeypatch, 2)
+    run = searching(tmp_path)
+    monkeypatch.setattr(run, "train", lambda: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        run.hyperparameter_search(space, stopping=STOPPING)
+    with pytest.raises(ArgumentRefused, match=words):
+        searching(tmp_path, **changes).hyperparameter_search(resume=True)
 
 
 def test_without_its_ledger_a_search_does_not_go_on(tmp_path):
@@ -282,6 +316,11 @@ def test_no_run_at_all_releases_nothing(tmp_path, monkeypatch):
         ({}, {"hp_space": lambda draws: {"learning_rate": torch.ones(1)}, "n_trials": 1}, "written to disk"),
         ({}, {"hp_space": lambda draws: {"logical_batch_size": 65}, "n_trials": 1}, "larger than the training set"),
         ({}, {"hp_space": lambda draws: {"clipping": "none"}, "n_trials": 1}, "not known"),
+        (
+            {"noise_multiplier": None, "target_epsilon": 2.0},
+            {"hp_space": lambda draws: {"noise_multiplier": 1.0}, "n_trials": 1},
+            "decides about the noise",
+        ),
     ],
 )
 def test_what_could_not_be_paid_for_is_refused_with_nothing_spent(tmp_path, changes, call, words):
@@ -291,6 +330,8 @@ def test_what_could_not_be_paid_for_is_refused_with_nothing_spent(tmp_path, chan
     with pytest.raises(ArgumentRefused, match=words):
         run.hyperparameter_search(**call)
     assert read_journal(tmp_path) is None and not (tmp_path / WORK / "state.json").exists()
+    run.args.disable_dp, run.eval_dataset = False, None
+    run.train()  # it still can
 
 
 def test_a_trainer_that_has_trained_does_not_search(tmp_path):
@@ -319,6 +360,24 @@ def test_a_smaller_epsilon_than_that_of_the_search_is_named(tmp_path, monkeypatc
     assert any("guarantee.epsilon" in one for one in findings(run))
 
 
+def test_what_follows_a_search_in_its_folder_goes_on_costing_what_it_cost(tmp_path, monkeypatch):
+    of_runs(monkeypatch, 2)
+    searching(tmp_path).hyperparameter_search(space, stopping=STOPPING)
+    after = searching(tmp_path)
+    after.train(resume_from_checkpoint=True)
+    assert after.epsilon().upper == selection.epsilon((Event(RATE, 1.0, 2 * STEPS),), 1e-4, STOPPING).upper
+    assert after.privacy_statement()["hyperparameter_tuning"]["method"] == "random-stopping"
+    assert findings(after) == []
+
+
+def test_a_statement_that_is_silent_about_the_search_contradicts_its_ledger(tmp_path, monkeypatch):
+    of_runs(monkeypatch, 2)
+    run = searching(tmp_path)
+    run.hyperparameter_search(space, stopping=STOPPING)
+    run._run.search = None
+    assert any("hyperparameter_tuning.stopping" in one for one in findings(run))
+
+
 def test_draws_stay_in_their_range_and_reach_all_of_it():
     draws = Draws()
     floats = [draws.suggest_float("a", 1e-3, 1.0, log=True) for _ in range(400)]
@@ -335,7 +394,7 @@ def test_draws_stay_in_their_range_and_reach_all_of_it():
 
 
 def test_what_is_no_number_is_worse_than_any():
-    state = SearchState(({}, {}, {}), 1.0, None, maximise=True)
+    state = SearchState(({}, {}, {}), 1.0, None, maximise=True, facts={}, costs=())
     for number, score in enumerate((math.nan, -5.0, math.inf)):
         state = state.with_result(number, Result(score, 0))
     assert state.best == 1
