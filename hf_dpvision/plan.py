@@ -13,6 +13,8 @@ from typing import Any
 from torch import nn
 
 from . import accounting
+from .accounting import Search
+from .accounting.search import search_of
 from .errors import ArgumentRefused, BudgetExceeded
 from .streaming import RowSource
 from .training_args import DPTrainingArguments
@@ -68,7 +70,7 @@ def make_plan(args: DPTrainingArguments, dataset_size: int, charged: int, before
             changed since its first call.
         BudgetExceeded: the calibrated steps do not suffice for this call.
     """
-    steps = _planned_steps(args, dataset_size)
+    steps = planned_steps(args, dataset_size)
     if args.disable_dp:
         return _without_privacy(args, dataset_size, charged, steps)
     sigma, total, target = args.noise_multiplier, charged + steps, args.target_epsilon
@@ -97,7 +99,7 @@ def plan_resumed(args: DPTrainingArguments, dataset_size: int, charged: int, bef
         ArgumentRefused: no step is left to be taken.
         BudgetExceeded: the steps in the ledger have used up the target.
     """
-    steps = _planned_steps(args, dataset_size)
+    steps = planned_steps(args, dataset_size)
     if position >= steps:
         raise ArgumentRefused(
             f"The checkpoint is behind step {position} of the {steps} that max_steps={args.max_steps} and "
@@ -157,7 +159,9 @@ def facts_of(args: DPTrainingArguments, dataset_size: int, model: nn.Module, sec
     }
 
 
-def written_facts(facts: Mapping[str, Any], plan: Plan, position: int, unprotected: bool) -> dict[str, Any]:
+def written_facts(
+    facts: Mapping[str, Any], plan: Plan, position: int, unprotected: bool, search: Search | None = None
+) -> dict[str, Any]:
     """Return the record of a call of `train()`: `facts_of` with what was planned."""
     return {
         **facts,
@@ -168,7 +172,14 @@ def written_facts(facts: Mapping[str, Any], plan: Plan, position: int, unprotect
         "total_steps": plan.total_steps,
         "resumed_behind_step": position,
         "unprotected_before": unprotected,
+        "search": None if search is None else search.to_dict(),
     }
+
+
+def search_in(written: Mapping[str, Any] | None) -> Search | None:
+    """Return the search that `written_facts` speaks of: weights that came from it go on costing what it cost."""
+    content = None if written is None else written.get("search")
+    return None if content is None else search_of(content)
 
 
 def plan_of(written: Mapping[str, Any]) -> Plan:
@@ -201,9 +212,25 @@ def refuse_changed_facts(now: Mapping[str, Any], written: Mapping[str, Any]) -> 
         )
 
 
+def planned_steps(args: DPTrainingArguments, dataset_size: int) -> int:
+    """Return the steps of one training from its start to its end.
+
+    Raises:
+        ArgumentRefused: no step is planned.
+    """
+    per_epoch = math.ceil(dataset_size / args.logical_batch_size)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
+    if steps < 1 or args.max_steps == 0:
+        raise ArgumentRefused(
+            f"max_steps={args.max_steps} and num_train_epochs={args.num_train_epochs} plan no step at all. "
+            "Set one of them to a positive number."
+        )
+    return steps
+
+
 def planned_epochs(args: DPTrainingArguments, dataset_size: int) -> float:
     """Return how often every example takes part in the planned steps, on average."""
-    return _planned_steps(args, dataset_size) * args.logical_batch_size / dataset_size
+    return planned_steps(args, dataset_size) * args.logical_batch_size / dataset_size
 
 
 def refuse_another_unit(now: Mapping[str, Any], written: Mapping[str, Any]) -> None:
@@ -223,17 +250,6 @@ def refuse_another_unit(now: Mapping[str, Any], written: Mapping[str, Any]) -> N
 
 def _unit(args: DPTrainingArguments) -> dict[str, Any]:
     return {name: getattr(args, name) for name in _UNIT}
-
-
-def _planned_steps(args: DPTrainingArguments, dataset_size: int) -> int:
-    per_epoch = math.ceil(dataset_size / args.logical_batch_size)
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
-    if steps < 1 or args.max_steps == 0:
-        raise ArgumentRefused(
-            f"max_steps={args.max_steps} and num_train_epochs={args.num_train_epochs} plan no step at all. "
-            "Set one of them to a positive number."
-        )
-    return steps
 
 
 def _without_privacy(args: DPTrainingArguments, dataset_size: int, charged: int, steps: int) -> Plan:

@@ -42,6 +42,20 @@ class PrivacyProgress(ProgressCallback):
             self.training_bar.set_postfix_str(f"epsilon <= {logs['epsilon']:.4g}")
 
 
+class SilentProgress(ProgressCallback):
+    """The bars alone: of what is logged nothing is shown."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show nothing."""
+
+
 class ClaimAtStart(TrainerCallback):
     """Prints in full what the run claims, before its first step."""
 

@@ -50,6 +50,7 @@ _STAYING = (
     _Line(r"checkpoint-\d+/.*|_.*|\.[^/]*/.*", "for this machine: optimizer, log and random number generators"),
     _Line(r"training_args\.bin|(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth", "pickles, of use here only"),
     _Line(r"trainer_state\.json|[^/]*_results\.json", "metrics, times"),
+    _Line(r"search\.json", "the record of a search over settings, with its scores"),
     _Line(r"runs/.*|(.*/)?events\.out\.tfevents\..*", "event files, with times and metrics"),
     _Line(rf"{FOLDER}/.*", "the lock of the ledger"),
 )

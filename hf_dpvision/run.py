@@ -8,16 +8,18 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from . import processes
-from .accounting import Bounds, Event, Ledger
+from .accounting import Bounds, Event, Ledger, Search
 from .accounting.journal import FILE, FOLDER, History, Journal, Mark
 from .checkpoints import ResumePoint
 from .errors import AccountingError, DPVisionError, LedgerRefused
+from .guards_ledger import refuse_another_run, resumable
 from .mechanism import Mechanism, PrivateMechanism, Randomness, WithoutPrivacy
 from .plan import (
     Plan,
@@ -27,6 +29,7 @@ from .plan import (
     plan_resumed,
     refuse_another_unit,
     refuse_changed_facts,
+    search_in,
     written_facts,
 )
 from .statement import NEIGHBORS, RunRecord
@@ -78,9 +81,35 @@ class PrivacyRun:
         self._noise = randomness.noise_source(device)
         self._journal: Journal | None = None  # that of the last private call, in the process that writes it
         self.continues: str | None = None  # what a reader must know of a run that was taken up again
+        self.search: Search | None = None  # over settings, that this run is a part of
         self._rows = RowSource.INDEXED
         self._calls = 0
         self._shown: dict[int, float] = {}
+
+    def take_up(self, folder: Path, call: int = -1) -> None:
+        """Go on with the ledger below `folder` as the trainer that wrote it would: what it has stays charged.
+
+        Args:
+            folder: the output folder of that trainer.
+            call: number of the `train()` that the weights at hand come from; its plan is what is stated.
+
+        Raises:
+            LedgerRefused: there is none, it was edited, or it is in use.
+        """
+        journal = Journal(folder)
+        try:
+            if journal.history is None:
+                raise LedgerRefused(
+                    f"There is no {folder.name}/{FOLDER}/{FILE}: what was spent is in it and nowhere else. Restore it."
+                )
+            journal.mend()
+        finally:
+            journal.close()
+        facts = journal.history.calls[call]
+        self.ledger, self._journal = journal.history.ledger, journal
+        self.plan = replace(plan_of(facts), rows=RowSource(facts["rows"]))
+        self.without_privacy |= facts["unprotected_before"]
+        self.search = search_in(facts)
 
     @contextmanager
     def started(
@@ -127,6 +156,7 @@ class PrivacyRun:
         journal: Journal | None,
     ) -> None:
         facts, before, unprotected = facts_of(args, dataset_size, model, self.randomness.secret), self.plan, False
+        self.search = self.search or search_in(spent.facts)  # whose result is trained on
         if point is not None:
             refuse_changed_facts(facts, spent.facts)
             before, unprotected = plan_of(spent.facts), spent.facts["unprotected_before"]
@@ -139,7 +169,7 @@ class PrivacyRun:
         if journal is not None:
             position = point.step if point is not None else 0
             journal.start(
-                written_facts(facts, self.plan, position, self.without_privacy),
+                written_facts(facts, self.plan, position, self.without_privacy, self.search),
                 privacy_unit=args.privacy_unit,
                 neighboring_relation=NEIGHBORS,
             )
@@ -173,9 +203,9 @@ class PrivacyRun:
     def _read(self, journal: Journal, point: ResumePoint | None) -> _Spent:
         history, folder = journal.history, journal.folder.name
         if point is not None:
-            return self._spent(_resumable(history, point, folder))
+            return self._spent(resumable(history, point, folder))
         if self._journal is not None:
-            _same_run(history, self._journal, journal)
+            refuse_another_run(history, self._journal, journal)
             return self._spent(history)
         if history is not None:
             raise LedgerRefused(
@@ -231,7 +261,7 @@ class PrivacyRun:
         stride = max(1, total // _SHOWN)
         shown_at = min(total, math.ceil(charged / stride) * stride)
         if shown_at not in self._shown:
-            bounds = _certified(self._ahead(shown_at - charged), self.plan.delta, accountant)
+            bounds = self._certified(self._ahead(shown_at - charged), self.plan.delta, accountant)
             self._shown[shown_at] = bounds.upper
         return self._shown[shown_at]
 
@@ -257,6 +287,7 @@ class PrivacyRun:
             was_unprotected=self.without_privacy,
             mark=self.mark,
             cryptographic=source.cryptographic,
+            search=self.search,
         )
 
     def _bounds(self, args: DPTrainingArguments, ledger: Ledger, delta: float | None) -> Bounds:
@@ -264,55 +295,21 @@ class PrivacyRun:
         if self.without_privacy or args.disable_dp:
             return Bounds(math.inf, math.inf, math.inf, accountant="exact", delta=delta or 0.0)
         if ledger is self.ledger:
-            return _certified(ledger, delta, args.accountant)
-        return ledger.epsilon(delta, args.accountant)  # a plan that nobody can answer for is not begun
+            return self._certified(ledger, delta, args.accountant)
+        return self._cost(ledger, delta, args.accountant)  # a plan that nobody can answer for is not begun
+
+    def _cost(self, ledger: Ledger, delta: float, accountant: str) -> Bounds:
+        return (self.search or Search(1)).epsilon(ledger, delta, accountant)
+
+    def _certified(self, ledger: Ledger, delta: float, accountant: str) -> Bounds:
+        """Return epsilon of what was spent; infinite if the accountants contradict one another, for no training is
+        lost over a number that the ledger will give later."""
+        try:
+            return self._cost(ledger, delta, accountant)
+        except AccountingError as error:
+            logger.error("Epsilon is reported as infinite. %s", error)
+            return Bounds(0.0, math.inf, math.inf, accountant="none", delta=delta, notes=(str(error),))
 
     def _ahead(self, steps: int) -> Ledger:
         more = Event(self.plan.sample_rate, self.plan.noise_multiplier, steps)
         return Ledger((*self.ledger.events, more))
-
-
-def _certified(ledger: Ledger, delta: float, accountant: str) -> Bounds:
-    """Return epsilon of what was spent; infinite if the accountants contradict one another, for no training is lost
-    over a number that the ledger will give later."""
-    try:
-        return ledger.epsilon(delta, accountant)
-    except AccountingError as error:
-        logger.error("Epsilon is reported as infinite. %s", error)
-        return Bounds(0.0, math.inf, math.inf, accountant="none", delta=delta, notes=(str(error),))
-
-
-def _resumable(history: History | None, point: ResumePoint, folder: str) -> History:
-    where = f"{folder}/{FOLDER}/{FILE}"
-    if history is None:
-        raise LedgerRefused(
-            f"There is no {where}: what the run has spent is in its ledger and nowhere else, so that it cannot be "
-            "continued without it. Restore the file, or set output_dir to the folder that has it."
-        )
-    if point.folder is None:
-        return history
-    if point.mark is None:
-        raise LedgerRefused(
-            f"{point.folder.name} names no ledger: it was saved without privacy, or by a release that kept none. "
-            "Start a new run from its weights; nothing can be claimed for what they have seen."
-        )
-    if not history.contains(point.mark) or history.steps_before[point.mark.records - 1] < point.step:
-        raise LedgerRefused(
-            f"{point.folder.name} was saved when the ledger of run {point.mark.run_id} had {point.mark.records} "
-            f"records; {where} is of run {history.run_id}, has {len(history.chains)} records, and did not go through "
-            "that state. It is another run's, or an older copy, and would hide what was spent. Restore the right one."
-        )
-    return history
-
-
-def _same_run(history: History | None, earlier: Journal, now: Journal) -> None:
-    if now.folder != earlier.folder:
-        raise LedgerRefused(
-            f"output_dir was {earlier.folder.name!r} at the first train() and is {now.folder.name!r} now: the ledger "
-            "of a run stays where it is. Set it back, or make a new DPTrainer; its epsilon adds to what was spent."
-        )
-    if history is None or not history.contains(earlier.mark):
-        raise LedgerRefused(
-            f"{now.folder.name}/{FOLDER}/{FILE} no longer has what this trainer wrote into it: it was removed or "
-            "replaced. Restore it from a copy."
-        )

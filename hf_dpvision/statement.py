@@ -15,8 +15,9 @@ from typing import Any
 from torch import nn
 
 from . import __version__
-from .accounting import Bounds, Ledger, claim
+from .accounting import Bounds, Ledger, Search, claim
 from .accounting.journal import Mark
+from .accounting.search import record_of
 from .clipping import Clipping
 from .streaming import RowSource
 from .training_args import DPTrainingArguments
@@ -24,7 +25,7 @@ from .wording import Unit, not_covered, unit_in_words
 
 
 STATEMENT_FILE = "privacy.json"
-SCHEMA_VERSION = "1.2"  # the fields are described in schemas/privacy-1.2.json
+SCHEMA_VERSION = "1.3"  # the fields are described in schemas/privacy-1.3.json
 NEIGHBORS = "zero-out"
 
 _SOFTWARE = ("torch", "transformers", "timm", "accelerate", "prv-accountant")
@@ -57,6 +58,7 @@ class RunRecord:
         mark: where the ledger on disk stood when the weights were as they are; None if there is none.
         rows: where those of a draw are read from, of the last call of `train()`.
         cryptographic: whether the noise generator is.
+        search: over settings that the weights come from, if it is paid for; `bounds` are its own then.
     """
 
     args: DPTrainingArguments
@@ -73,6 +75,7 @@ class RunRecord:
     mark: Mark | None = None
     rows: RowSource = RowSource.INDEXED
     cryptographic: bool = False
+    search: Search | None = None
 
     @property
     def without_privacy(self) -> bool:
@@ -103,6 +106,7 @@ class RunRecord:
             privacy_unit=self.unit.what,
             noun=self.unit.noun,
             count=self.unit.count,
+            search=self.search,
         )
 
 
@@ -146,8 +150,8 @@ def make_statement(run: RunRecord, model: nn.Module) -> dict[str, Any]:
         ],
         "ledger": None if run.mark is None or run.without_privacy else asdict(run.mark),
         "trainable_parameters": _trainable(model),
-        "not_covered": not_covered(args.eval_data, run.unit),
-        "hyperparameter_tuning": {"on_private_data": "unknown", "runs_accounted": 1},
+        "not_covered": not_covered(args.eval_data, run.unit, run.search),
+        "hyperparameter_tuning": record_of(run.search),
         "evaluation": {"data": args.eval_data, "metrics_are_private": args.eval_data == "private"},
         "unsafe_flags": _unsafe_flags(run),
         "software": {"hf_dpvision": __version__} | {name: version(name) for name in _SOFTWARE},
@@ -183,7 +187,8 @@ def _grouping(args: DPTrainingArguments) -> dict[str, Any] | None:
 
 
 def _gdp(run: RunRecord) -> dict[str, Any] | None:
-    bound = run.ledger.gdp(run.bounds) if run.private else None
+    chosen = run.search is not None and run.search.stopping is not None  # the Rényi bound alone covers it
+    bound = run.ledger.gdp(run.bounds) if run.private and not chosen else None
     return None if bound is None else asdict(bound)
 
 

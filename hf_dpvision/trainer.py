@@ -37,6 +37,7 @@ from .progress import ClaimAtStart, PrivacyProgress, StopWhenSpent
 from .rehearsal import Rehearsal
 from .run import PrivacyRun
 from .sampling import Draws, LogicalBatch, LogicalBatchLoader, MicrobatchStream
+from .searching import SearchingTrainer
 from .sharding import is_sharded
 from .streamed import StreamedExamples
 from .termination import StopWhenTerminated
@@ -46,7 +47,7 @@ from .training_args import DPTrainingArguments
 logger = logging.getLogger(__name__)
 
 
-class DPTrainer(OptimisingTrainer):
+class DPTrainer(SearchingTrainer, OptimisingTrainer):
     """Fine-tune an image classifier with differential privacy.
 
     Guarantee: the weights, optimizer state and logs after every step are together `(epsilon, delta)`-differentially
@@ -114,7 +115,7 @@ class DPTrainer(OptimisingTrainer):
             self.add_callback(PrivacyProgress)
         self.add_callback(ClaimAtStart(self.planned_claim))
         self._run = PrivacyRun(randomness or SystemRandomness(args.secure_noise), args.device)
-        self.add_callback(StopWhenSpent(self._run.spent))
+        self.add_callback(StopWhenSpent(lambda: self._run.spent()))
         self._termination = StopWhenTerminated()
         self.add_callback(self._termination)
         self._mechanism: Mechanism | None = None
@@ -153,7 +154,7 @@ class DPTrainer(OptimisingTrainer):
             SystemExit: with code 143, behind the step in which SIGTERM came, of which there is a checkpoint.
         """
         if trial is not None:
-            raise ArgumentRefused(f"{trial=}: no ledger of this trainer would count the trials. Leave it out.")
+            raise ArgumentRefused(f"{trial=}: hyperparameter_search sets up its trials itself. Leave it out.")
         self._refuse()
         guards.refuse_resuming_shards(self.model, resume_from_checkpoint)
         if not is_sharded(self.model):  # by an earlier call
@@ -191,17 +192,6 @@ class DPTrainer(OptimisingTrainer):
                 return super().train(folder, ignore_keys_for_eval=ignore_keys_for_eval)
             finally:
                 self._stream = None  # ends the workers
-
-    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse: every trial looks at the private data, and the best one is chosen by it.
-
-        Raises:
-            ArgumentRefused: always.
-        """
-        raise ArgumentRefused(
-            "hyperparameter_search: every trial spends privacy, and no ledger of this trainer would count it. Choose "
-            "hyper-parameters on public data, or run the trials one by one and add up their epsilons."
-        )
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Build the model as `Trainer` does, and make it ready."""

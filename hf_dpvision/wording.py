@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .accounting.claim import round_down, round_up
+from .accounting.search import Search, search_of
 
 
 @dataclass(frozen=True)
@@ -114,9 +115,19 @@ _EVALUATION = {
     "private": "Values measured on held-out data, which is not public, and every choice made by looking at them.",
     "public": "Values measured on held-out data. That data is public, and nothing protects it.",
 }
-_NOT_COVERED_AFTER = (
+_CHOICES = (
     "A search over hyper-parameters, or a choice among several runs on the same images: each further run spends "
-    "budget of its own.",
+    "budget of its own."
+)
+_OTHER_CHOICES = (
+    "Any search over hyper-parameters, or choice among runs on the same images, beyond the one accounted for: each "
+    "further run spends budget of its own."
+)
+_OTHER_RUNS = (
+    "The runs of the search that were not chosen, and how many runs there were: the guarantee holds as long as "
+    "nothing of them is released."
+)
+_NOT_COVERED_AFTER = (
     "Anything else released from the same images, which adds to the budget spent.",
     "What can be learned about a person from such images in general, whether or not theirs was used.",
     "Attacks on the rounding of floating-point noise, and on the time that training took.",
@@ -129,9 +140,18 @@ _ROWS = {
 _LARGEST_EXPONENT = 700.0  # e^epsilon beyond it is no number
 
 
-def not_covered(eval_data: str, unit: Unit) -> list[str]:
-    """Return the sentences on what the guarantee leaves out, for evaluation data that is `private` or `public`."""
-    return [*unit.left_out, _EVALUATION[eval_data], *_NOT_COVERED_AFTER]
+def not_covered(eval_data: str, unit: Unit, search: Search | None = None) -> list[str]:
+    """Return the sentences on what the guarantee leaves out.
+
+    Args:
+        eval_data: `private` or `public`.
+        unit: of privacy.
+        search: over settings that is paid for, if there was one.
+    """
+    choices = [_CHOICES] if search is None else [_OTHER_CHOICES]
+    if search is not None and search.stopping is not None:
+        choices.append(_OTHER_RUNS)
+    return [*unit.left_out, _EVALUATION[eval_data], *choices, *_NOT_COVERED_AFTER]
 
 
 def is_protected(statement: Mapping[str, Any]) -> bool:
@@ -167,7 +187,7 @@ def rows(statement: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the table of a protected model: what is stated, and its value."""
     guarantee, accountant, noise = statement["guarantee"], statement["accountant"], statement["noise"]
     sampling, clipping, trained = statement["sampling"], statement["clipping"], statement["trainable_parameters"]
-    tuning, unit = statement["hyperparameter_tuning"], unit_of(statement)
+    unit = unit_of(statement)
     table = [
         ("epsilon (upper bound), delta", f"{round_up(guarantee['epsilon'], digits=3)}, {guarantee['delta']:g}"),
         (
@@ -203,10 +223,7 @@ def rows(statement: Mapping[str, Any]) -> list[tuple[str, str]]:
             f"{noise['floating_point_protection']}",
         ),
         ("trained parameters", f"{trained['trained']} trained, {trained['frozen']} frozen"),
-        (
-            "hyper-parameter search on the private data",
-            f"{tuning['on_private_data']}; {tuning['runs_accounted']} run accounted for",
-        ),
+        ("hyper-parameter search on the private data", _search(search_of(statement["hyperparameter_tuning"]))),
     ]
     return table
 
@@ -228,7 +245,20 @@ def plain_statement(statement: Mapping[str, Any]) -> str:
     )
 
 
-def _gdp(gdp: Mapping[str, Any]) -> str:
+def _search(search: Search | None) -> str:
+    if search is None:
+        return "unknown; 1 run accounted for"
+    if search.stopping is None:
+        return f"accounted for: {search.runs} runs, and epsilon is that of all of them together"
+    return (
+        f"accounted for: the best of a secret number of runs, {search.drawn()}; epsilon is that of the search, steps "
+        "and noise are those of one run"
+    )
+
+
+def _gdp(gdp: Mapping[str, Any] | None) -> str:
+    if gdp is None:
+        return "not computed for a search with random stopping"
     if gdp["kind"] == "exact":
         return f"mu = {round_up(gdp['mu'])}, exact"
     reach = "every delta" if gdp["delta_min"] == 0 else f"every delta from {gdp['delta_min']:.2g} up"

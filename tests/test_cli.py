@@ -99,7 +99,7 @@ def test_a_malformed_command_line_ends_with_code_2(capsys, command):
     assert "usage:" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["epsilon", "calibrate", "inspect"])
+@pytest.mark.parametrize("command", ["epsilon", "calibrate", "plan", "inspect"])
 def test_help_has_examples(capsys, command):
     with pytest.raises(SystemExit) as stopped:
         cli.main([command, "--help"])

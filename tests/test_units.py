@@ -350,7 +350,7 @@ def test_an_odd_name_of_the_column_breaks_no_line_of_card_and_claim(tmp_path):
 
 def test_unit_column_and_number_stand_wherever_epsilon_does(tmp_path, capsys):
     statement = released(tmp_path)
-    assert statement["schema_version"] == "1.2" and statement["unit_of_privacy"] == "unit"
+    assert statement["schema_version"] == "1.3" and statement["unit_of_privacy"] == "unit"
     assert statement["grouping"] == {"column": "patient", "examples_per_unit": MOST}
     assert statement["sampling"]["dataset_size"] == len(SIZES)
     assert cli.main(["statement", str(tmp_path)]) == 0

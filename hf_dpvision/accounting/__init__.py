@@ -7,6 +7,20 @@ from .events import Event
 from .gdp import GaussianBound
 from .ledger import Ledger
 from .routing import epsilon
+from .search import Search
+from .selection import Poisson, Stopping, TruncatedNegativeBinomial
 
 
-__all__ = ["Bounds", "Event", "GaussianBound", "Ledger", "claim", "epsilon", "noise_multiplier"]
+__all__ = [
+    "Bounds",
+    "Event",
+    "GaussianBound",
+    "Ledger",
+    "Poisson",
+    "Search",
+    "Stopping",
+    "TruncatedNegativeBinomial",
+    "claim",
+    "epsilon",
+    "noise_multiplier",
+]

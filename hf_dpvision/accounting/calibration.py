@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from scipy import optimize
 
 from hf_dpvision.errors import ArgumentRefused
 
-from . import checks, routing
+from . import checks, routing, selection
 from .bounds import Bounds
 from .events import Event
+from .selection import Stopping
 
 
 _LEAST, _MOST = 1e-2, 1e5  # noise multipliers searched
@@ -42,25 +43,36 @@ def noise_multiplier(
     """
     target, delta = checks.target_epsilon(target_epsilon), checks.delta(delta)
     rate, count = checks.sample_rate(sample_rate), checks.steps(steps)
-    routing.check_accountant(accountant)
     if count == 0 or rate == 0.0:
         raise ArgumentRefused(
             f"sample_rate={rate:g}, steps={count}: no example is ever used, so there is no noise to calibrate. "
             f"Pass a positive sample rate and at least one step."
         )
+    return noise_multiplier_of_runs([(rate, count)], target_epsilon=target, delta=delta, accountant=accountant)
+
+
+def noise_multiplier_of_runs(
+    runs: Sequence[tuple[float, int]], *, target_epsilon: float, delta: float, accountant: str = "prv"
+) -> float:
+    """The same for several runs with one noise multiplier, all of which are composed.
+
+    Args:
+        runs: sample rate and number of steps of each; at least one of them uses examples.
+        target_epsilon, delta, accountant: as for `noise_multiplier`.
+
+    Raises:
+        ArgumentRefused: as for `noise_multiplier`.
+    """
+    target, delta = checks.target_epsilon(target_epsilon), checks.delta(delta)
+    routing.check_accountant(accountant)
 
     def bounds(sigma: float, name: str, coarser: float = 1.0) -> Bounds:
-        return routing.epsilon_of((Event(rate, sigma, count),), delta, name, coarser)
+        return routing.epsilon_of((Event(rate, sigma, steps) for rate, steps in runs), delta, name, coarser)
 
     def by_divergence(sigma: float) -> float:
         return bounds(sigma, "rdp").upper
 
-    if by_divergence(_MOST) > target:
-        raise ArgumentRefused(
-            f"target_epsilon={target:g} cannot be reached with sample_rate={rate:g}, steps={count}, delta={delta:g}: "
-            f"it needs a noise multiplier above {_MOST:g}. Plan fewer steps, a larger epsilon, or a larger data set."
-        )
-    safe = _confirmed(by_divergence, target, _root(by_divergence, target))
+    safe = _safe(by_divergence, target, delta, runs)
     first = bounds(safe, accountant)
     if accountant == "rdp" or first.accountant == "gaussian":  # nothing tighter is at hand
         return safe
@@ -68,6 +80,39 @@ def noise_multiplier(
     margin = first.upper - bounds(safe, accountant, _COARSER).estimate
     guess = _root(lambda sigma: bounds(sigma, accountant, _COARSER).estimate + margin, target, below=safe)
     return min(safe, _confirmed(lambda sigma: bounds(sigma, accountant).upper, target, guess))
+
+
+def noise_multiplier_of_search(
+    *, target_epsilon: float, delta: float, sample_rate: float, steps: int, stopping: Stopping
+) -> float:
+    """The same for the best of a random number of such runs; see `selection.epsilon`, which is the bound that is met.
+
+    Args:
+        target_epsilon, delta, sample_rate, steps: as for `noise_multiplier`.
+        stopping: how the number of runs is drawn.
+
+    Raises:
+        ArgumentRefused: as for `noise_multiplier`.
+    """
+    target, delta = checks.target_epsilon(target_epsilon), checks.delta(delta)
+
+    def upper(sigma: float) -> float:
+        return selection.epsilon((Event(sample_rate, sigma, steps),), delta, stopping).upper
+
+    return _safe(upper, target, delta, [(sample_rate, steps)])
+
+
+def _safe(
+    upper: Callable[[float], float], target: float, delta: float, runs: Sequence[tuple[float, int]]
+) -> float:
+    """A sigma at which `upper`, which is computed at once, meets the target."""
+    if upper(_MOST) > target:
+        rates = ", ".join(f"sample_rate={rate:g}, steps={steps}" for rate, steps in runs)
+        raise ArgumentRefused(
+            f"target_epsilon={target:g} cannot be reached with {rates}, delta={delta:g}: "
+            f"it needs a noise multiplier above {_MOST:g}. Plan fewer steps, a larger epsilon, or a larger data set."
+        )
+    return _confirmed(upper, target, _root(upper, target))
 
 
 def _root(upper: Callable[[float], float], target: float, below: float | None = None) -> float:

@@ -7,6 +7,7 @@ from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 
 from .bounds import Bounds
 from .ledger import Ledger
+from .search import Search
 
 
 _ACCOUNTANTS = {
@@ -43,6 +44,7 @@ def claim(
     privacy_unit: str = "one training image (one record of the training set)",
     noun: str = "record",
     count: str = "size of the data set",
+    search: Search | None = None,
 ) -> str:
     """The full claim, one statement a line.
 
@@ -54,6 +56,7 @@ def claim(
         privacy_unit: what one record is.
         noun: what one record is called.
         count: what N is called.
+        search: over settings, if the run is part of one that is paid for.
 
     Returns:
         Text of several lines, without a trailing newline.
@@ -67,11 +70,13 @@ def claim(
         f"Neighbouring data sets: equal, but for one {noun} that is zeroed out, so that it contributes nothing. The "
         f"{count}{'' if dataset_size is None else f', N = {dataset_size},'} is public.",
         _mechanism(ledger, clip_norm, noun),
+        *([] if search is None else [search.claim()]),
         _accountant(bounds),
         "Covered: the released weights and optimizer state, at every step of the run, whoever sees them. The sampled "
         "batches, the noise and their random keys are secret.",
-        "Not covered: the data that the model was pretrained on; a search over hyper-parameters or a choice among "
-        "several runs; losses, accuracies and other metrics computed on private data; other releases from the same "
+        "Not covered: the data that the model was pretrained on; "
+        f"{'a' if search is None else 'any other'} search over hyper-parameters or a choice among several runs; "
+        "losses, accuracies and other metrics computed on private data; other releases from the same "
         "data, whose cost adds to this one.",
     ]
     return "\n".join(lines)

@@ -149,12 +149,17 @@ class Journal:
         if self.history is None:
             self._create(facts, privacy_unit, neighboring_relation)
         else:
-            chains = self.history.chains
-            self.mark = Mark(self.history.run_id, len(chains), chains[-1])
-            self._repair(self.history)
+            self.mend()
         self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND)
         if self.history is not None:
             self._append({"kind": "train", "facts": dict(facts)})
+
+    def mend(self) -> Mark:
+        """Replace a torn last line by the step it is counted as, and return where the ledger stands."""
+        chains = self.history.chains
+        self.mark = Mark(self.history.run_id, len(chains), chains[-1])
+        self._repair(self.history)
+        return self.mark
 
     def charge(self, sample_rate: float, noise_multiplier: float) -> None:
         """Put one step on the disk.

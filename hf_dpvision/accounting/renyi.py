@@ -97,6 +97,17 @@ def epsilon_from(divergence: np.ndarray, delta: float) -> float:
     return max(0.0, float(np.min(epsilons)))
 
 
+def deltas_from(divergence: np.ndarray, epsilons: np.ndarray) -> np.ndarray:
+    """The smallest delta that the divergences certify at each epsilon, at most 1; the inverse of `epsilon_from`.
+
+    Args:
+        divergence: at ORDERS.
+        epsilons: at least 0, of any number.
+    """
+    gap = divergence + np.log1p(-1 / ORDERS) - np.asarray(epsilons)[:, None]
+    return np.exp(np.minimum(np.min((ORDERS - 1) * gap - np.log(ORDERS), axis=1), 0.0))
+
+
 def curve(ledger: Sequence[Event], deltas: np.ndarray) -> Curve:
     """Upper bound of delta as a function of epsilon, from the divergences.
 

@@ -1,4 +1,4 @@
-"""The console script `hf-dpvision`: what a run costs, the plan of a model, whether a statement is true, an audit.
+"""The console script `hf-dpvision`: costs, plans of runs and of models, whether a statement is true, an audit.
 
 Exit codes: 0 answered, and verified where that was asked; 1 the question is well formed but has no answer (a model
 that is refused, accountants that disagree), a statement is not verified, or an audit contradicts a claim; 2 the
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from ..errors import ArgumentRefused, DPVisionError
-from . import audits, costs, plans, statements
+from . import audits, costs, planning, plans, statements
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,6 +38,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hf-dpvision", description="Differentially private fine-tuning, accounted.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for group in (costs, plans, statements, audits):
+    for group in (costs, planning, plans, statements, audits):
         group.register(commands)
     return parser

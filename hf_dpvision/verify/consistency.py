@@ -8,6 +8,7 @@ from typing import Any
 
 from .. import wording
 from ..accounting import Bounds, Event, Ledger, claim
+from ..accounting.search import search_of
 from .findings import Finding, difference, differences
 
 
@@ -69,7 +70,7 @@ def _run(statement: Mapping[str, Any]) -> Iterator[Relation]:
     rate = batch / size if size else 0.0
     if not _close(sampling["rate"], rate):
         yield "sampling.rate", sampling["rate"], rate, "sampling.expected_batch_size / sampling.dataset_size"
-    if events and "disable_dp" not in flags and not _close(sampling["rate"], events[-1]["sample_rate"]):
+    if events and "disable_dp" not in flags and not _one_of(sampling["rate"], "sample_rate", statement):
         yield "sampling.rate", sampling["rate"], events[-1]["sample_rate"], f"events[{len(events) - 1}].sample_rate"
     trained = statement["trainable_parameters"]
     for kind in ("trained", "frozen"):
@@ -105,7 +106,7 @@ def _noise(statement: Mapping[str, Any]) -> Iterator[Relation]:
     std = noise["multiplier"] * clipping["sensitivity"]
     if not _close(noise["std"], std):
         yield "noise.std", noise["std"], std, "noise.multiplier * clipping.sensitivity"
-    if events and not _close(noise["multiplier"], events[-1]["noise_multiplier"]):
+    if events and not _one_of(noise["multiplier"], "noise_multiplier", statement):
         why = f"events[{len(events) - 1}].noise_multiplier"
         yield "noise.multiplier", noise["multiplier"], events[-1]["noise_multiplier"], why
 
@@ -118,7 +119,8 @@ def _groups(clipping: Mapping[str, Any]) -> Iterator[Relation]:
 
 
 def _words(statement: Mapping[str, Any]) -> Iterator[Relation]:
-    sentences = wording.not_covered(statement["evaluation"]["data"], wording.unit_of(statement))
+    search = search_of(statement["hyperparameter_tuning"])
+    sentences = wording.not_covered(statement["evaluation"]["data"], wording.unit_of(statement), search)
     for path, stated, expected in differences(statement["not_covered"], sentences, "not_covered"):
         yield path, stated, expected, "what this mechanism leaves out"
     if statement["unsafe_flags"] or "inf" in (statement["accountant"]["upper"], statement["guarantee"]["epsilon"]):
@@ -151,7 +153,14 @@ def _claim(statement: Mapping[str, Any]) -> str:
         privacy_unit=unit.what,
         noun=unit.noun,
         count=unit.count,
+        search=search_of(statement["hyperparameter_tuning"]),
     )
+
+
+def _one_of(stated: float, name: str, statement: Mapping[str, Any]) -> bool:
+    """Whether the value is that of the last steps; of a search that is composed, the run chosen may be any."""
+    chosen = statement["hyperparameter_tuning"]["on_private_data"] == "accounted"
+    return any(_close(stated, event[name]) for event in statement["events"][0 if chosen else -1 :])
 
 
 def _close(one: float, other: float) -> bool:

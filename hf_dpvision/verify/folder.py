@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..accounting import Bounds
-from ..accounting.journal import FILE, FOLDER, LOCK, Mark, read_journal
+from ..accounting.journal import FILE, FOLDER, LOCK, History, Mark, read_journal
 from ..errors import ArgumentRefused, LedgerRefused
 from ..release import forbidden_files
 from .card import compare_card
@@ -130,6 +130,8 @@ def _ledger(folder: Path, statement: Mapping[str, Any]) -> list[Finding]:
     charged = history.steps_before[mark.records - 1]
     if charged != statement["steps"]:
         return [difference(STATEMENT_FILE, "steps", statement["steps"], charged, f"charged in {where} up to ledger")]
+    if differing := list(_search(statement["hyperparameter_tuning"], history, where)):
+        return differing
     rows, named = statement["sampling"].get("rows", "indexed"), [f.get("rows", "indexed") for f in history.calls]
     if rows not in named:
         return [difference(STATEMENT_FILE, "sampling.rows", rows, named[-1], f"rows in {where}")]
@@ -139,6 +141,17 @@ def _ledger(folder: Path, statement: Mapping[str, Any]) -> list[Finding]:
         for field, stated, name in _unit(statement)
         if stated != facts.get(name)
     ]
+
+
+def _search(tuning: Mapping[str, Any], history: History, where: str) -> Iterator[Finding]:
+    """One run of a search with random stopping costs more than its steps, so that its ledger names the search."""
+    stated, written = tuning.get("stopping"), (history.calls[-1].get("search") or {}).get("stopping")
+    if stated != written:
+        yield difference(STATEMENT_FILE, "hyperparameter_tuning.stopping", stated, written, f"search in {where}")
+    runs, calls = tuning["runs_accounted"], len(history.calls)
+    if runs is not None and runs > calls:
+        why = f"calls of train() in {where}"
+        yield difference(STATEMENT_FILE, "hyperparameter_tuning.runs_accounted", runs, calls, why)
 
 
 def _unit(statement: Mapping[str, Any]) -> Iterator[tuple[str, object, str]]:

@@ -8,9 +8,10 @@ from importlib.metadata import version
 from typing import Any
 
 from .. import __version__
-from ..accounting import Bounds, Event, gaussian, gdp, pld, prv, rdp, routing
+from ..accounting import Bounds, Event, Ledger, gaussian, gdp, pld, prv, rdp
 from ..accounting.bounds import Declined
 from ..accounting.events import segments
+from ..accounting.search import Search, search_of
 from ..errors import AccountingError, ArgumentRefused
 from .findings import Finding, difference
 
@@ -41,7 +42,7 @@ def recompute(statement: Mapping[str, Any], accountants: Sequence[str], where: s
         accountants: of `ACCOUNTANTS`; the Rényi bound and closed forms are always computed.
         where: name of the statement's file in the findings.
     """
-    delta = statement["guarantee"]["delta"]
+    delta, search = statement["guarantee"]["delta"], search_of(statement["hyperparameter_tuning"])
     if delta is None or statement["mechanism"] == "none":
         return Recomputed({}, ("without privacy there is no epsilon to compute",), ())
     try:
@@ -49,11 +50,13 @@ def recompute(statement: Mapping[str, Any], accountants: Sequence[str], where: s
     except ArgumentRefused as error:
         return Recomputed({}, (), (Finding(where, "events", str(error)),))
     try:
-        again = routing.epsilon_of(events, delta, _asked(statement["accountant"]["name"]))
+        again = _of(search).epsilon(Ledger(events), delta, _asked(statement["accountant"]["name"]))
     except (ArgumentRefused, AccountingError) as error:
         return Recomputed({}, (), (Finding(where, "guarantee.epsilon", f"not computed again: {error}"),))
     findings = list(_repeated(statement, again, where))
     bounds, notes = {}, []
+    if _of(search).stopping is not None:
+        return _of_search(statement, again, accountants, findings, where)
     if again.accountant != "exact":
         for name in accountants:
             try:
@@ -67,6 +70,30 @@ def recompute(statement: Mapping[str, Any], accountants: Sequence[str], where: s
         findings += _contradictions(statement, bounds, where)
     findings += _gdp(statement, events, again, where)
     return Recomputed(bounds or {"exact": again}, tuple(notes), tuple(findings))
+
+
+def _of(search: Search | None) -> Search:
+    return Search(1) if search is None else search
+
+
+def _of_search(
+    statement: Mapping[str, Any], again: Bounds, accountants: Sequence[str], findings: list[Finding], where: str
+) -> Recomputed:
+    """With random stopping the Rényi bound alone answers; the others say what one run costs at least.
+
+    What they say is compared and not shown: no number below that of the whole search may stand beside it.
+    """
+    ledger, epsilon = segments(Event(**event) for event in statement["events"]), statement["guarantee"]["epsilon"]
+    for name in accountants:
+        try:
+            one_run = ACCOUNTANTS[name].epsilon(ledger, again.delta)
+        except Declined:
+            continue
+        if epsilon != "inf" and epsilon < one_run.lower * (1 - _SAME_VERSION):
+            problem = f"stated {epsilon}, but {name} certifies at least {one_run.lower} for one run of the search"
+            findings.append(Finding(where, "guarantee.epsilon", problem))
+    name = again.accountant  # `exact` if no step was taken
+    return Recomputed({name: again}, (*again.notes, "no other accountant covers it"), tuple(findings))
 
 
 def _asked(name: str) -> str:

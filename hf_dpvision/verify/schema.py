@@ -14,7 +14,7 @@ from .findings import Finding, as_plain_mapping, shown
 
 
 STATEMENT_FILE = "privacy.json"
-SCHEMAS = {"1.1": "privacy-1.1.json", "1.2": "privacy-1.2.json"}
+SCHEMAS = {"1.1": "privacy-1.1.json", "1.2": "privacy-1.2.json", "1.3": "privacy-1.3.json"}
 
 
 def read_statement(path: Path, where: str) -> tuple[dict[str, Any] | None, list[Finding]]:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_dpvision import accounting
-from hf_dpvision.accounting import calibration
+from hf_dpvision.accounting import Event, Poisson, TruncatedNegativeBinomial, calibration, routing, selection
 from hf_dpvision.errors import ArgumentRefused
 
 
@@ -88,3 +88,22 @@ def test_rounding_goes_up_to_four_digits(value):
     rounded = calibration._round_up(value)
     assert value <= rounded <= value * (1 + 1.1e-3)
     assert rounded == float(f"{rounded:.4g}")
+
+
+def test_several_different_runs_together_stay_within_the_target():
+    runs = [(0.02, 100), (0.05, 40), (0.02, 60)]
+    sigma = calibration.noise_multiplier_of_runs(runs, target_epsilon=2.0, delta=1e-5)
+    events = [Event(rate, sigma, steps) for rate, steps in runs]
+    assert 1.98 < routing.epsilon_of(events, 1e-5).upper <= 2.0
+    fewer = [Event(rate, sigma * 0.998, steps) for rate, steps in runs]
+    assert routing.epsilon_of(fewer, 1e-5).upper > 1.995
+
+
+@pytest.mark.parametrize("stopping", [TruncatedNegativeBinomial(5.0), Poisson(5.0)], ids=repr)
+def test_a_search_with_random_stopping_stays_within_the_target(stopping):
+    sigma = calibration.noise_multiplier_of_search(
+        target_epsilon=2.0, delta=1e-5, sample_rate=0.02, steps=250, stopping=stopping
+    )
+    total = selection.epsilon((Event(0.02, sigma, 250),), 1e-5, stopping).upper
+    assert 1.99 < total <= 2.0
+    assert sigma > calibration.noise_multiplier(target_epsilon=2.0, delta=1e-5, sample_rate=0.02, steps=250)

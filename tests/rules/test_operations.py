@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 import torch
 from reference import clip_and_sum, mismatch, per_example_gradients, select
-from timm.layers import LayerNorm2d, StdConv2d
+from timm.layers import LayerNorm2d, ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
@@ -165,6 +165,9 @@ CONV = {
     "conv2d_weight_standardised": (lambda: StdConv2dByHand(4, 6, 3, padding=1), each(4, 8, 7)),
     "conv2d_weight_standardised_by_batch_norm": (lambda: StdConv2d(4, 6, 3, padding=1), each(4, 8, 7)),
     "conv2d_weight_standardised_groups": (lambda: StdConv2dByHand(4, 6, 3, groups=2), each(4, 8, 7)),
+    "conv2d_weight_standardised_same": (lambda: StdConv2dSame(4, 6, 3, stride=2), each(4, 8, 7)),
+    "conv2d_weight_standardised_scaled": (lambda: ScaledStdConv2d(4, 6, 3, padding=1), each(4, 8, 7)),
+    "conv2d_weight_standardised_scaled_groups": (lambda: ScaledStdConv2dSame(4, 6, 3, groups=2), each(4, 8, 7)),
     "conv3d": (lambda: nn.Conv3d(2, 3, 3, padding=1), each(2, 4, 5, 4)),
     "conv3d_stride_dilation": (lambda: nn.Conv3d(2, 4, 2, stride=2, dilation=(1, 2, 1)), each(2, 4, 5, 4)),
     "conv3d_groups": (lambda: nn.Conv3d(2, 4, (1, 3, 2), groups=2), each(2, 3, 5, 4)),
