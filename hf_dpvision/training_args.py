@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from .clipping import Automatic, Clipping, Flat
 from .errors import ArgumentRefused
+from .report_arguments import ReportArguments
 from .rules.cost import NormRule
 from .secure_noise import refuse_missing
 from .sharding import Sharding
@@ -28,7 +29,7 @@ _AUTO = "auto"
 
 
 @dataclass
-class DPTrainingArguments(UnitArguments, StreamArguments, TrainingArguments):
+class DPTrainingArguments(UnitArguments, StreamArguments, ReportArguments, TrainingArguments):
     """Arguments of `DPTrainer`: those of `TrainingArguments`, and the following.
 
     Exactly one of `target_epsilon` and `noise_multiplier` is given, unless `disable_dp` is set; `target_delta` and
@@ -203,6 +204,7 @@ class DPTrainingArguments(UnitArguments, StreamArguments, TrainingArguments):
         if self.backward_passes is None:
             self.backward_passes = 2 if self.activation_checkpointing or self.fsdp else 1
         self.derive_unit()
+        self.refuse_report()
         self._check_choices()
         self._check_numbers()
         self._check_timeout()

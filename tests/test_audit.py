@@ -16,8 +16,8 @@ from scipy.stats import binom, nct
 from torch import Tensor
 from trainer_cases import Images, Linear, arguments, trainer
 
-from hf_dpvision import DPTrainer, DPTrainingArguments, cli, clipping
-from hf_dpvision.audit import audit_run, audit_step, epsilon_lower_bound, inspection, p_value, plot, probes
+from hf_dpvision import DPTrainer, DPTrainingArguments, cli, clipping, plots
+from hf_dpvision.audit import audit_run, audit_step, epsilon_lower_bound, inspection, p_value, probes
 from hf_dpvision.audit.canaries import with_canaries
 from hf_dpvision.audit.inspection import Finding
 from hf_dpvision.audit.separation import NoncentralT, separation
@@ -465,7 +465,7 @@ def test_the_picture_is_a_png_or_its_absence_is_refused_before_training(
     picture = str(tmp_path / "audit.png")
     command = ["audit", "--canaries", "20", "--confidence", "0.999", "--plot", picture, f"{factory}:make", "--", "2.0"]
     with monkeypatch.context() as patch:
-        patch.setattr(plot.importlib.util, "find_spec", lambda name: None)
+        patch.setattr(plots.importlib.util, "find_spec", lambda name: None)
         assert cli.main(command) == 2
     assert "hf_dpvision[audit]" in capsys.readouterr().err and not (tmp_path / "audit.png").exists()
     pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra `audit`)")
