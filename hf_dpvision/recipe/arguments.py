@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -102,6 +102,16 @@ def read_arguments(command_line: Sequence[str], default_config: Path | None = No
         path_fields=PATHS,
         description="Fine-tune an image classifier with differential privacy, and compare with what privacy cost.",
     )
+
+
+def every_argument() -> dict[str, str]:
+    """Return the name of every argument with what it does and its default."""
+    described = {}
+    for group in (ModelArguments, DataTrainingArguments, DPTrainingArguments):
+        for one in fields(group):
+            default = one.default_factory() if one.default is MISSING else one.default
+            described[one.name] = f"{' '.join(one.metadata.get('help', '').split())} (default {default!r})".strip()
+    return described
 
 
 def resume_point(training_args: DPTrainingArguments) -> str | bool | None:

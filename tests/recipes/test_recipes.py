@@ -26,7 +26,7 @@ from transformers import (
     BeitImageProcessor,
 )
 
-from hf_dpvision import DPTrainer, DPTrainingArguments
+from hf_dpvision import DPTrainer, DPTrainingArguments, cli
 from hf_dpvision.config import parse_arguments
 from hf_dpvision.errors import ArgumentRefused, DataRefused, RefusedError
 from hf_dpvision.recipe.arguments import PATHS, DataTrainingArguments, ModelArguments, resume_point
@@ -338,3 +338,14 @@ def test_the_configuration_for_a_folder_of_ones_own_runs(recipe, workplace, tmp_
     record = recipe.main(["--config", str(RECIPES / "your_folder.yaml"), *folders, *small, *short, *out])
     assert record.epsilon <= 8 and "accuracy" in record.scores["private"]
     assert "accuracy" not in (tmp_path / "out" / "README.md").read_text()  # it is measured on private images
+
+
+def test_the_command_line_runs_the_recipe_and_answers_in_json(workplace, capsys):
+    words = ["--config", str(workplace / "tiny.yaml"), "--output_dir", str(workplace / "command")]
+    assert cli.main(["train", *words, "--json"]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out) == json.loads((workplace / "command" / "results.json").read_text())
+    assert json.loads(told.out)["command"].startswith("hf-dpvision train --config tiny.yaml")
+    assert "before fine-tuning" in told.err and 0 < json.loads(told.out)["epsilon"] <= 8
+    assert cli.main(["train", *words, "--train_dir", "absent"]) == 1
+    assert capsys.readouterr().err.startswith("hf-dpvision train: the image folder 'absent'")
