@@ -18,6 +18,7 @@ _AS_TEXT = ("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor"
 # What a picture inside a page does not need, or may not have: its own style would be that of the whole page, and the
 # same names stand in every picture.
 _UNUSED = re.compile(r"<(metadata|title|style)\b.*?</\1>|<!--.*?-->| id=\"[a-z][\w.]*_\d+\"", re.DOTALL)
+_FINE = re.compile(r"(\d\.\d\d)\d+")  # a hundredth of a point is finer than anyone sees
 
 
 def available() -> bool:
@@ -82,5 +83,5 @@ def inline_svg(picture: Any, name: str) -> str:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         picture.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = text.getvalue()
-    svg = _UNUSED.sub("", svg[svg.index("<svg") :]).replace(_INK, "currentColor")
+    svg = _FINE.sub(r"\1", _UNUSED.sub("", svg[svg.index("<svg") :])).replace(_INK, "currentColor")
     return svg.replace("<svg ", f'<svg role="img" aria-label="{name}" ', 1).strip()

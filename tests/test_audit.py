@@ -390,7 +390,7 @@ def make(folder, arguments):
     ]
     args = DPTrainingArguments(
         folder, noise_multiplier=float(arguments[0]), target_delta=1e-4, logical_batch_size=40, max_steps=3,
-        use_cpu=True, disable_tqdm=True, self_check=False, accountant="rdp", save_strategy="no",
+        use_cpu=True, disable_tqdm=True, self_check=False, accountant="rdp", save_strategy="no", run_report=False,
     )
     return DPTrainer(Named(), args, train_dataset=examples)
 

@@ -40,7 +40,7 @@ def finetune(command_line: Sequence[str], program: Sequence[str], default_config
     started = time.monotonic()
     parsed = read_arguments(command_line, default_config)
     model_args, data_args, training_args = parsed.groups
-    if not (training_args.do_train or training_args.do_eval):
+    if not {"do_train", "do_eval"} & parsed.given:  # eval_strategy sets do_eval, but asks for training
         training_args.do_train = training_args.do_eval = True
     training_args.dataloader_pin_memory &= torch.cuda.is_available()
     training_args.train_data_name = training_args.train_data_name or data_name(data_args)

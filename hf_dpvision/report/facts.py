@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean
 from typing import Any
 
 from ..evaluations import is_marked, measured
@@ -63,22 +63,28 @@ class RunFacts:
         """Estimated norm of the mean of clipped gradients: sqrt(|g|^2 - |noise|^2) where this is positive.
 
         Post-processing of what was released: the noise is independent of the rest, and its expected square is known.
-        What is not larger than two standard deviations of the square of pure noise, 2 sqrt(2 / d), cannot be told
-        from nothing and is left out.
+        What does not exceed two standard deviations of the square of pure noise cannot be told from nothing and is
+        left out.
         """
-        noise = self.noise_norm**2
-        least = noise * 2 * math.sqrt(2 / max(1, self.statement["trainable_parameters"]["trained"]))
-        squares = ((step, norm**2 - noise) for step, norm in self.gradient_norms)
-        return tuple((step, math.sqrt(square)) for step, square in squares if square > least)
+        squares = ((step, norm**2 - self.noise_norm**2) for step, norm in self.gradient_norms)
+        return tuple((step, math.sqrt(square)) for step, square in squares if square > self._spread)
 
     @property
     def noise_to_signal(self) -> float | None:
-        """Median over the logged steps of noise norm / signal norm; None if most signals cannot be seen."""
-        seen = [norm for _, norm in self.signal_norms]
-        hidden = len(self.gradient_norms) - len(seen)
-        if not self.protected or not seen or hidden >= len(seen):
+        """Norm of the noise over that of the signal, root mean square over the logged steps; None if it is not seen.
+
+        The mean of |g|^2 - |noise|^2 must exceed two standard deviations of what pure noise gives in so many steps.
+        """
+        if not self.protected or not self.gradient_norms:
             return None
-        return self.noise_norm / median([0.0] * hidden + seen)
+        excess = fmean(norm**2 for _, norm in self.gradient_norms) - self.noise_norm**2
+        least = self._spread / math.sqrt(len(self.gradient_norms))
+        return self.noise_norm / math.sqrt(excess) if excess > least else None
+
+    @property
+    def _spread(self) -> float:
+        """Two standard deviations of the square of the norm of pure noise."""
+        return self.noise_norm**2 * 2 * math.sqrt(2 / max(1, self.statement["trainable_parameters"]["trained"]))
 
 
 def facts_of_run(

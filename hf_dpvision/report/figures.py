@@ -130,9 +130,9 @@ def _gradients(facts: RunFacts) -> Panel | None:
 
     ratio = facts.noise_to_signal
     said = (
-        "In most of the logged steps the gradient cannot be told from noise."
+        "The signal cannot be told from the noise."
         if ratio is None
-        else f"Noise to signal, median of the logged steps: {ratio:.3g}."
+        else f"Noise to signal, root mean square over the logged steps: {ratio:.3g}."
     )
     return Panel(
         "Noise and signal of the released gradients",

@@ -342,7 +342,8 @@ def test_the_configuration_for_a_folder_of_ones_own_runs(recipe, workplace, tmp_
 
 def test_the_command_line_runs_the_recipe_and_answers_in_json(workplace, capsys):
     words = ["--config", str(workplace / "tiny.yaml"), "--output_dir", str(workplace / "command")]
-    assert cli.main(["train", *words, "--json"]) == 0
+    # evaluating while training means training
+    assert cli.main(["train", *words, "--json", "--eval_strategy", "steps", "--eval_steps", "2"]) == 0
     told = capsys.readouterr()
     assert json.loads(told.out) == json.loads((workplace / "command" / "results.json").read_text())
     assert json.loads(told.out)["command"].startswith("hf-dpvision train --config tiny.yaml")
