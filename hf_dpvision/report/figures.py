@@ -157,4 +157,5 @@ def _rates(facts: RunFacts) -> Panel | None:
 def _line(axes: Any, points: Points, colour: str, label: str | None, **style: Any) -> None:
     steps, values = zip(*points, strict=True)
     axes.plot(steps, values, color=colour, label=label, **style)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.25)
