@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -120,7 +122,9 @@ class Heard(TensorBoardCallback):
 
 
 def test_tensorboard_gets_epsilon_at_every_logged_step(tmp_path, monkeypatch):
+    # the real callback, whether TensorBoard is installed or not
     monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=None))
     heard = Heard()
     trainer(tmp_path, Linear(), **public(max_steps=7, callbacks=[heard], eval_strategy="steps", eval_steps=2)).train()
     scalars = heard.scalars
