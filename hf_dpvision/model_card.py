@@ -62,6 +62,7 @@ def render_model_card(
     library_name: str = "transformers",
     results: Sequence[CardResult] = (),
     training: Mapping[str, object] | None = None,
+    report: bool = False,
 ) -> str:
     """Return the card as Markdown with YAML front matter.
 
@@ -76,6 +77,7 @@ def render_model_card(
         library_name: `transformers`, `timm` or `peft`.
         results: measured values; those marked `released` enter `model-index`.
         training: public hyper-parameters, shown as a table. Never pass losses, realised batch sizes or keys.
+        report: whether `report.html` and `report.png` of this run lie beside the card.
 
     Raises:
         ArgumentRefused: the statement lacks a field that the card must state.
@@ -89,6 +91,7 @@ def render_model_card(
             dataset=", ".join(_shown(name) for name in datasets),
             results=results,
             training=training or {},
+            report=report,
             statement=statement,
             protected=is_protected(statement),
             **dict(zip(_BLOCKS, privacy_blocks(statement), strict=True)),

@@ -14,9 +14,6 @@ from transformers.trainer_utils import SaveStrategy
 # What a Trainer logs by itself and what depends on who was sampled. `train_runtime` and the rates made from it do so,
 # too, a little: a step takes longer the more examples were drawn. Timing is not covered, and none of it is uploaded.
 PRIVATE_KEYS = ("loss", "train_loss", "total_flos", "num_input_tokens_seen", "train_tokens_per_second")
-MARK = "metrics_are_private"  # after the prefix: `eval_metrics_are_private` stands beside `eval_accuracy`
-_RUNTIME = "_runtime"  # Trainer adds it to the metrics of every evaluation
-_OF_THE_MACHINE = (_RUNTIME, "_samples_per_second", "_steps_per_second", "_model_preparation_time")
 
 
 _UNREADABLE = (
@@ -94,14 +91,3 @@ def strip_private(logs: dict[str, Any]) -> bool:
     for key in PRIVATE_KEYS:
         logs.pop(key, None)
     return of_training
-
-
-def last_evaluation(history: list[dict[str, Any]], step: int) -> dict[str, float]:
-    """Return the metrics that were logged last at `step`, without the prefix `eval_` and without times; {} if none."""
-    found: dict[str, float] = {}
-    for logs in history:
-        if logs["step"] == step and any(key.startswith("eval_") and key.endswith(_RUNTIME) for key in logs):
-            metrics = {key.removeprefix("eval_"): value for key, value in logs.items() if key.startswith("eval_")}
-            timeless = {key: value for key, value in metrics.items() if not f"_{key}".endswith(_OF_THE_MACHINE)}
-            found |= {key: value for key, value in timeless.items() if isinstance(value, float)}
-    return found

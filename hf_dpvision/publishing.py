@@ -17,6 +17,7 @@ from transformers.utils.hub import PushInProgress, hf_api
 from .accounting.journal import FILE, FOLDER
 from .model_card import CARD_NAME
 from .release import is_terms_of_use, released_files, unexpected_files
+from .report import RELEASED_FILES
 from .statement import STATEMENT_FILE
 from .stating import StatingTrainer
 
@@ -63,6 +64,7 @@ class PublishingTrainer(StatingTrainer):
         self.save_model(None if staging is None else staging.name, _internal_call=True)
         if staging is None:
             return None
+        self.write_report()
         self.create_model_card(**kwargs)
         self._finish_current_push()
         self._name_what_stays()
@@ -79,6 +81,7 @@ class PublishingTrainer(StatingTrainer):
             return
         if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
             self._finish_current_push()
+            self.write_report()  # of the last step; earlier ones have none
         busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
         if busy and not self.args.hub_always_push:
             return
@@ -102,12 +105,13 @@ class PublishingTrainer(StatingTrainer):
     def _upload(
         self, staging: TemporaryDirectory, message: str | None, token: str | None, revision: str | None
     ) -> Future[CommitInfo]:
-        """Lay card, ledger and licence of `output_dir` beside the model, and upload in the background."""
+        """Lay card, report, ledger and licence of `output_dir` beside the model, and upload in the background."""
         output = self.args.output_dir
         said = json.loads(Path(staging.name, STATEMENT_FILE).read_text(encoding="utf-8"))
         ledger = [] if said["ledger"] is None else [f"{FOLDER}/{FILE}"]
         terms = [path.name for path in Path(output).glob("[LN]*") if path.is_file() and is_terms_of_use(path.name)]
-        for name in (CARD_NAME, *ledger, *terms):
+        report = RELEASED_FILES if self.report_is_current else ()
+        for name in (CARD_NAME, *ledger, *terms, *report):
             _copy(name, output, staging.name)
         return hf_api().run_as_future(_commit, staging, self.hub_model_id, message or "Upload", token, revision)
 

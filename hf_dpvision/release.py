@@ -41,6 +41,7 @@ _ALLOWED = (
     _Line(r"adapter_model\.safetensors", "weights of a PEFT adapter, which the guarantee covers"),
     _Line(r"adapter_config\.json", "the kind of adapter and the name of its base model"),
     _Line(r"(pre)?processor_config\.json", "how pictures are prepared; from the pretrained model, not from the data"),
+    _Line(r"report\.(html|png)", "drawn from noisy gradients, the ledger, public settings and public metrics alone"),
     _TERMS,
     _Line(r"\.gitattributes", "written by the Hub itself"),
 )
@@ -51,6 +52,7 @@ _STAYING = (
     _Line(r"training_args\.bin|(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth", "pickles, of use here only"),
     _Line(r"trainer_state\.json|[^/]*_results\.json", "metrics, times"),
     _Line(r"search\.json", "the record of a search over settings, with its scores"),
+    _Line(r"report-private\.(html|png)", "a report with metrics on private data, or of a run without privacy"),
     _Line(r"runs/.*|(.*/)?events\.out\.tfevents\..*", "event files, with times and metrics"),
     _Line(rf"{FOLDER}/.*", "the lock of the ledger"),
 )

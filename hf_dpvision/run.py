@@ -258,12 +258,26 @@ class PrivacyRun:
     def epsilon_to_show(self, accountant: str) -> float:
         """Return an upper bound of what has been spent, for display: that of the next twentieth of the run."""
         charged, total = self.ledger.steps, self.plan.total_steps
-        stride = max(1, total // _SHOWN)
-        shown_at = min(total, math.ceil(charged / stride) * stride)
-        if shown_at not in self._shown:
-            bounds = self._certified(self._ahead(shown_at - charged), self.plan.delta, accountant)
-            self._shown[shown_at] = bounds.upper
-        return self._shown[shown_at]
+        return self._bound_at(min(total, math.ceil(charged / self._stride) * self._stride), accountant)
+
+    def spending(self, accountant: str) -> list[tuple[int, float]]:
+        """Return numbers of charged steps and an upper bound of epsilon behind each, up to now; [] without privacy.
+
+        They lie a twentieth of the plan apart, where epsilon was shown while training and is not computed again.
+        """
+        if self.plan is None or self.without_privacy:
+            return []
+        steps = range(self._stride, self.ledger.steps, self._stride)
+        return [(0, 0.0), *((at, self._bound_at(at, accountant)) for at in [*steps, self.ledger.steps])]
+
+    @property
+    def _stride(self) -> int:
+        return max(1, self.plan.total_steps // _SHOWN)
+
+    def _bound_at(self, steps: int, accountant: str) -> float:
+        if steps not in self._shown:
+            self._shown[steps] = self._certified(self._first(steps), self.plan.delta, accountant).upper
+        return self._shown[steps]
 
     def epsilon(self, args: DPTrainingArguments, delta: float | None) -> Bounds:
         """Return epsilon of the steps charged, at `delta` or `args.target_delta`; infinite without privacy."""
@@ -313,3 +327,11 @@ class PrivacyRun:
     def _ahead(self, steps: int) -> Ledger:
         more = Event(self.plan.sample_rate, self.plan.noise_multiplier, steps)
         return Ledger((*self.ledger.events, more))
+
+    def _first(self, steps: int) -> Ledger:
+        """Return the ledger of the first `steps` steps of the plan, those charged and those to come."""
+        events = []
+        for event in self.planned_ledger().events:
+            events.append(replace(event, steps=min(event.steps, steps)))
+            steps -= events[-1].steps
+        return Ledger(events)

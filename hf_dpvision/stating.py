@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -28,12 +29,21 @@ from .checkpoints import load_strictly, refuse_partly_loaded_adapter
 from .data.examples import same_rows
 from .drafts import Draft
 from .errors import ArgumentRefused
+from .evaluations import MARK, last_evaluation
 from .lora import merged
 from .model_card import CardResult, write_model_card
-from .progress import MARK, last_evaluation, strip_private
+from .progress import strip_private
+from .report import RELEASED_FILES, facts_of_run, write_report
+from .report_callback import RunReport
 from .run import PrivacyRun
 from .statement import RunRecord, make_statement, public_settings, write_statement
 from .training_args import DPTrainingArguments
+
+
+logger = logging.getLogger(__name__)
+
+# Of a library that draws, not of the run.
+_UNDRAWN = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 
 
 class StatingTrainer(Trainer):
@@ -45,6 +55,7 @@ class StatingTrainer(Trainer):
 
     args: DPTrainingArguments
     _run: PrivacyRun  # set by the trainer that trains
+    _report: RunReport  # likewise
     _draft: Draft | None = None  # while a checkpoint is being written
     _stated: dict[str, Any] | None = None  # once adapters are merged, what was true of them
 
@@ -216,10 +227,41 @@ class StatingTrainer(Trainer):
                 results=self._results(datasets),
                 library_name="peft" if _is_peft_model(self.model) else "transformers",
                 training=self._settings_shown(),
+                report=self.report_is_current,
             )
 
     def _settings_shown(self) -> dict[str, Any]:
         return public_settings(self.args)
+
+    def write_report(self) -> list[Path]:
+        """Draw the run as it is now into `output_dir`; return the files, [] if no report was asked for.
+
+        Done at the end of training, after an evaluation that follows it, and before a push. `report.html` and `.png`
+        hold what the guarantee covers, `report-private.html` and `.png` what it does not, if there is any of that.
+        A report that cannot be drawn is a warning, for no trained model is lost over a picture.
+        """
+        if not (self.args.draws_report and self.is_world_process_zero()) or self._run.plan is None:
+            return []
+        facts = facts_of_run(
+            self.privacy_statement(),
+            self._run.spending(self.args.accountant),
+            self.state.log_history,
+            self._report.before,
+            self._settings_shown(),
+        )
+        folder = Path(self.args.output_dir)
+        try:
+            files = write_report(folder, self.hub_model_id or folder.name, *facts)
+        except _UNDRAWN as error:
+            logger.warning("The report of the run could not be drawn (%s: %s).", type(error).__name__, error)
+            return []
+        self._report.drawn_at = self._run.ledger.steps if folder / RELEASED_FILES[0] in files else None
+        return files
+
+    @property
+    def report_is_current(self) -> bool:
+        """Whether `output_dir` has a report that may leave, of the steps behind the weights as they are now."""
+        return self._report.drawn_at is not None and self._report.drawn_at == self._run.ledger.steps
 
     def _results(self, datasets: list[str]) -> list[CardResult]:
         """Return what was measured of the weights as they are now, if everyone may know it."""

@@ -35,6 +35,7 @@ from .models import load_model
 from .optimising import OptimisingTrainer
 from .progress import ClaimAtStart, PrivacyProgress, StopWhenSpent
 from .rehearsal import Rehearsal
+from .report_callback import RunReport
 from .run import PrivacyRun
 from .sampling import Draws, LogicalBatch, LogicalBatchLoader, MicrobatchStream
 from .searching import SearchingTrainer
@@ -116,6 +117,8 @@ class DPTrainer(SearchingTrainer, OptimisingTrainer):
         self.add_callback(ClaimAtStart(self.planned_claim))
         self._run = PrivacyRun(randomness or SystemRandomness(args.secure_noise), args.device)
         self.add_callback(StopWhenSpent(lambda: self._run.spent()))
+        self._report = RunReport(self.write_report)
+        self.add_callback(self._report)
         self._termination = StopWhenTerminated()
         self.add_callback(self._termination)
         self._mechanism: Mechanism | None = None

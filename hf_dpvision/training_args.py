@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from .clipping_arguments import CLIPPINGS, SHARES, STYLES, ClippingArguments
 from .errors import ArgumentRefused
 from .optimisation_arguments import OptimisationArguments
+from .report_arguments import ReportArguments
 from .rules.cost import NormRule
 from .secure_noise import refuse_missing
 from .sharding import Sharding
@@ -29,7 +30,7 @@ _AUTO = "auto"
 
 @dataclass
 class DPTrainingArguments(
-    ClippingArguments, UnitArguments, StreamArguments, OptimisationArguments, TrainingArguments
+    ClippingArguments, UnitArguments, StreamArguments, OptimisationArguments, ReportArguments, TrainingArguments
 ):
     """Arguments of `DPTrainer`: those of `TrainingArguments`, and the following.
 
@@ -193,6 +194,7 @@ class DPTrainingArguments(
         if self.backward_passes is None:
             self.backward_passes = 2 if self.activation_checkpointing or self.fsdp else 1
         self.derive_unit()
+        self.refuse_report()
         self._check_choices()
         self._check_numbers()
         self._check_timeout()

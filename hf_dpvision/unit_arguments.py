@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 
 PRIVACY_UNITS = ("example", "unit")
-_EXAMPLES_PER_UNIT = 4
+EXAMPLES_PER_UNIT = 4
 
 
 @dataclass
@@ -44,6 +44,6 @@ class UnitArguments:
     def derive_unit(self) -> None:
         """Fill in what was not given; what contradicts it is refused by `refuse_arguments`."""
         if self.privacy_unit_column is not None and self.examples_per_unit is None:
-            self.examples_per_unit = _EXAMPLES_PER_UNIT
+            self.examples_per_unit = EXAMPLES_PER_UNIT
         if self.privacy_unit is None:
             self.privacy_unit = "example" if self.privacy_unit_column is None else "unit"

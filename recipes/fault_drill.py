@@ -122,7 +122,7 @@ def live(folder: Path, log: Path, started: Path) -> None:
     args = DPTrainingArguments(
         str(folder), noise_multiplier=SIGMA, target_delta=DELTA, logical_batch_size=BATCH, max_steps=STEPS,
         per_device_train_batch_size=BATCH, learning_rate=1e-3, save_strategy="steps", save_steps=4, use_cpu=True,
-        disable_tqdm=True, self_check=False, accountant="rdp", logging_strategy="no",
+        disable_tqdm=True, self_check=False, accountant="rdp", logging_strategy="no", run_report=False,
     )  # fmt: skip
     trainer = DPTrainer(
         tiny_vit(), args, train_dataset=Pictures(), randomness=WrittenRandomness(log), callbacks=[Begun(started)]

@@ -138,7 +138,7 @@ def live(setting: Setting, way: str, folder: Path, dying: Dying, found: Path) ->
         max_steps=setting.steps, per_device_train_batch_size=250, learning_rate=1e-3, save_strategy="steps",
         save_steps=setting.window_steps, use_cpu=True, disable_tqdm=True, logging_strategy="no",
         train_dataset_size=setting.images, stream_window_steps=setting.window_steps,
-        stream_sampling="auto" if way == "by index" else way,
+        stream_sampling="auto" if way == "by index" else way, run_report=False,
     )  # fmt: skip
     trainer = DPTrainer(tiny_vit(setting.side), args, train_dataset=training_set(setting, way, dying))
     trainer.train(resume_from_checkpoint=(folder / "privacy" / "ledger.jsonl").exists())

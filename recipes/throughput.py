@@ -233,7 +233,7 @@ def main(command_line: Sequence[str] | None = None) -> tuple[list[Round], tuple[
         dataset = training_set(encoded, options.images, Path(name))
         args = DPTrainingArguments(
             name, noise_multiplier=1.0, target_delta=1e-6, logical_batch_size=options.batch, use_cpu=True,
-            dataloader_num_workers=options.workers, dataloader_pin_memory=False,
+            dataloader_num_workers=options.workers, dataloader_pin_memory=False, run_report=False,
         )  # fmt: skip
         rounds = measured_rounds(dataset, args, options.per_round, options.rounds)
         peak = peak_of_a_batch(dataset, args)

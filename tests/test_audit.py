@@ -16,8 +16,8 @@ from scipy.stats import binom, nct
 from torch import Tensor
 from trainer_cases import Images, Linear, arguments, trainer
 
-from hf_dpvision import DPTrainer, DPTrainingArguments, cli, clipping
-from hf_dpvision.audit import audit_run, audit_step, epsilon_lower_bound, inspection, p_value, plot, probes
+from hf_dpvision import DPTrainer, DPTrainingArguments, cli, clipping, plots
+from hf_dpvision.audit import audit_run, audit_step, epsilon_lower_bound, inspection, p_value, probes
 from hf_dpvision.audit.canaries import with_canaries
 from hf_dpvision.audit.inspection import Finding
 from hf_dpvision.audit.separation import NoncentralT, separation
@@ -390,7 +390,7 @@ def make(folder, arguments):
     ]
     args = DPTrainingArguments(
         folder, noise_multiplier=float(arguments[0]), target_delta=1e-4, logical_batch_size=40, max_steps=3,
-        use_cpu=True, disable_tqdm=True, self_check=False, accountant="rdp", save_strategy="no",
+        use_cpu=True, disable_tqdm=True, self_check=False, accountant="rdp", save_strategy="no", run_report=False,
     )
     return DPTrainer(Named(), args, train_dataset=examples)
 
@@ -465,7 +465,7 @@ def test_the_picture_is_a_png_or_its_absence_is_refused_before_training(
     picture = str(tmp_path / "audit.png")
     command = ["audit", "--canaries", "20", "--confidence", "0.999", "--plot", picture, f"{factory}:make", "--", "2.0"]
     with monkeypatch.context() as patch:
-        patch.setattr(plot.importlib.util, "find_spec", lambda name: None)
+        patch.setattr(plots.importlib.util, "find_spec", lambda name: None)
         assert cli.main(command) == 2
     assert "hf_dpvision[audit]" in capsys.readouterr().err and not (tmp_path / "audit.png").exists()
     pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra `audit`)")

@@ -70,7 +70,7 @@ def test_sampling_and_length_can_be_given_in_examples_and_epochs(capsys, options
         (["epsilon", *RUN, "--steps", "-1"], "steps=-1"),
         (["epsilon", *RUN, "--accountant", "gdp"], "central-limit"),
         (["epsilon", *RUN, "--logical-batch-size", "10"], "both set the sampling"),
-        (["epsilon", *RUN, "--dataset-size", "0"], "at least one example"),
+        (["epsilon", *RUN, "--dataset-size", "0"], "at least one image"),
         (["calibrate", *BUDGET, "--steps", "5", "--dataset-size", "10"], "not determined"),
         (["calibrate", *BUDGET, "--steps", "5", "--dataset-size", "10", "--logical-batch-size", "11"], "not between"),
         (["calibrate", *BUDGET, "--epochs", "-2", "--sample-rate", "0.1"], "no number of steps"),
@@ -99,12 +99,18 @@ def test_a_malformed_command_line_ends_with_code_2(capsys, command):
     assert "usage:" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["epsilon", "calibrate", "plan", "inspect"])
-def test_help_has_examples(capsys, command):
-    with pytest.raises(SystemExit) as stopped:
-        cli.main([command, "--help"])
-    assert stopped.value.code == 0
-    assert "examples:" in capsys.readouterr().out
+def test_units_are_claimed_as_units(capsys):
+    sizes = ["--dataset-size", "400", "--logical-batch-size", "20", "--steps", "5", "--noise-multiplier", "2"]
+    command = ["epsilon", *sizes, "--delta", "1e-5", "--accountant", "rdp"]
+    assert cli.main(command) == 0
+    assert "name the column by --privacy-unit-column" in capsys.readouterr().out
+    assert cli.main([*command, "--privacy-unit-column", "patient"]) == 0
+    told = capsys.readouterr().out
+    assert "one training image" not in told and "--privacy-unit-column" not in told
+    assert "column 'patient', taken together; at most 4" in told and "number of units, N = 400, is public" in told
+    for wrong in (["--examples-per-unit", "2"], ["--privacy-unit-column", "patient", "--examples-per-unit", "0"]):
+        assert cli.main([*command, *wrong]) == 2
+        assert capsys.readouterr().err.startswith("hf-dpvision epsilon: --examples-per-unit")
 
 
 def test_accounting_commands_do_not_load_model_libraries():

@@ -22,6 +22,9 @@ import pytest
 import yaml
 from hub_server import Hub, running_hub
 
+from hf_dpvision import plots
+from hf_dpvision.report import PRIVATE_FILES, RELEASED_FILES
+
 
 pytest.importorskip("peft")
 
@@ -163,11 +166,14 @@ def test_no_file_at_all_holds_more_than_states_and_paths(pushed, name):
 
 def test_exactly_the_files_that_are_needed_are_uploaded(pushed):
     timm = MODEL - {"preprocessor_config.json"}
-    wanted = {"every": MODEL, "end": MODEL | {"LICENSE"}, "timm": timm, "peft": ADAPTER}
+    reported = MODEL | (set(RELEASED_FILES) if plots.available() else set())  # of the last step
+    wanted = {"every": reported, "end": reported | {"LICENSE"}, "timm": timm, "peft": ADAPTER}
     assert {name: set(pushed.hub.files(f"tester/{name}")) for name in wanted} == wanted
     left = {path.name for path in (pushed.folder / "end").iterdir()}
     assert {"predictions.csv", "rng_state.pth", "training_args.bin", "trainer_state.json", "eval_results.json"} <= left
     assert not any(name.startswith("_push") for name in left)
+    assert (set(PRIVATE_FILES) <= left) == plots.available()
+    assert RELEASED_FILES[0] not in pushed.hub.repos["tester/timm"][1].files
 
 
 def test_weights_and_their_statement_come_in_one_commit(pushed):

@@ -23,17 +23,18 @@ MAY_LEAVE = (
     "README.md", "privacy.json", "privacy/ledger.jsonl", "config.json", "model.safetensors", "LICENSE", "NOTICE.txt",
     "model-00001-of-00002.safetensors", "model.safetensors.index.json", "adapter_model.safetensors",
     "adapter_config.json", "preprocessor_config.json", "processor_config.json", ".gitattributes",
+    "report.html", "report.png",
 )  # fmt: skip
 LEFT_BY_TRAINER = (
     "training_args.bin", "trainer_state.json", "train_results.json", "eval_results.json", "all_results.json",
     "optimizer.pt", "scheduler.pt", "rng_state.pth", "rng_state_1.pth", "checkpoint-4/model.safetensors",
-    "checkpoint-4/rng_state.pth", "checkpoint-4/iterate.safetensors",
+    "checkpoint-4/rng_state.pth", "checkpoint-4/iterate.safetensors", "report-private.html", "report-private.png",
     "runs/Nov25/events.out.tfevents.1.host.0", "privacy/lock", "_push-x/config.json",
 )  # fmt: skip
 UNEXPECTED = (
     "notes.txt", "predictions.csv", "gradients.safetensors", "model.bin", "pytorch_model.bin", "other/config.json",
     "other/adapter_model.safetensors", "README.md.bak", "my_model.safetensors", "iterate.safetensors",
-    "model-1-of-2.safetensors", "privacy.txt",
+    "model-1-of-2.safetensors", "privacy.txt", "report.pdf", "other/report.html",
 )  # fmt: skip
 
 

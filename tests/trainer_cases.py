@@ -83,6 +83,7 @@ def arguments(folder: Path, **changes: Any) -> DPTrainingArguments:
         "disable_tqdm": True,
         "self_check": False,
         "accountant": "rdp",
+        "run_report": False,
     }
     return DPTrainingArguments(**settings | changes)
 

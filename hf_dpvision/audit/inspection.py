@@ -84,6 +84,7 @@ def audit_run(
     losses = {}
     trainer.model.to(trainer.args.device)
     losses["before"] = _losses(trainer, audited)
+    trainer.args.run_report = False  # nothing of this run is for release
     trainer.train()
     losses["after"] = _losses(trainer, audited)
     statement = trainer.privacy_statement()

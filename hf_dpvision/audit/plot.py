@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from pathlib import Path
 
-from ..errors import ArgumentRefused
+from .. import plots
 from .inspection import Finding
 
 
@@ -16,18 +15,12 @@ def refuse_missing() -> None:
     Raises:
         ArgumentRefused: matplotlib is missing.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ArgumentRefused(
-            "The picture of an audit is drawn by matplotlib, which is not installed. Install it with "
-            "pip install 'hf_dpvision[audit]', or leave the picture out."
-        )
+    plots.refuse_missing("The picture of an audit", "audit", "leave the picture out")
 
 
 def draw(found: Finding, path: Path) -> None:
     """Write a PNG: how far the losses of canaries fell, in and out, and the bound by the number of guesses."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = plots.figure(10, 4)
     scores, bounds = figure.subplots(1, 2)
     groups = [found.scores[found.present], found.scores[~found.present]]
     labels = [f"in ({len(groups[0])})", f"zeroed out ({len(groups[1])})"]
@@ -45,4 +38,4 @@ def draw(found: Finding, path: Path) -> None:
     bounds.set_xticks(guesses, map(str, guesses))
     bounds.minorticks_off()  # whose labels would lie on one another
     bounds.legend()
-    figure.savefig(path, dpi=110, format="png")
+    plots.save_png(figure, path)

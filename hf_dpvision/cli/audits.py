@@ -35,6 +35,7 @@ examples:
   hf-dpvision audit recipes/finetune_image_classification.py:audited_trainer
   hf-dpvision audit --canaries 1000 --plot audit.png my_package.training:make_trainer
   hf-dpvision audit --json recipes/finetune_image_classification.py:audited_trainer -- --target_epsilon 8
+  hf-dpvision audit hf_dpvision.recipe:audited_trainer -- --config run.yaml
 """
 _WEAK = (
     "Such an audit is weak. One run gives one answer per canary; the canaries hide one another, most of them are "

@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import math
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentRefused
+from ..unit_arguments import EXAMPLES_PER_UNIT
 from .commands import Answer, add_command
 
+
+if TYPE_CHECKING:
+    from ..wording import Unit
 
 _EPSILON_HELP = """\
 Epsilon of a planned run of DP-SGD with Poisson sampling, and the claim that goes with it.
@@ -17,6 +21,8 @@ Epsilon of a planned run of DP-SGD with Poisson sampling, and the claim that goe
 examples:
   hf-dpvision epsilon --sample-rate 0.02 --noise-multiplier 1.0 --steps 250 --delta 1e-5
   hf-dpvision epsilon --dataset-size 50000 --logical-batch-size 1000 --epochs 5 --noise-multiplier 1.0 --delta 1e-5
+  hf-dpvision epsilon --dataset-size 4000 --logical-batch-size 200 --epochs 5 --noise-multiplier 1.0 --delta 1e-5 \\
+      --privacy-unit-column patient --examples-per-unit 4
 """
 _CALIBRATE_HELP = """\
 The noise multiplier for which the upper bound of epsilon stays within a budget.
@@ -27,21 +33,38 @@ examples:
 """
 
 
+_OF_IMAGES = (
+    "This is for N, B and q that count images. If they count units, such as patients with all their images, name "
+    "the column by --privacy-unit-column."
+)
+
+
 def register(commands: Any) -> None:
     """Add both commands."""
-    epsilon = add_command(commands, "epsilon", _EPSILON_HELP, _epsilon)
+    epsilon = add_command(commands, "epsilon", _EPSILON_HELP, _epsilon, "computing epsilon")
     epsilon.add_argument("--noise-multiplier", type=float, required=True, help="sigma: noise std / clip norm")
     _add_run(epsilon)
-    calibrate = add_command(commands, "calibrate", _CALIBRATE_HELP, _calibrate)
+    calibrate = add_command(commands, "calibrate", _CALIBRATE_HELP, _calibrate, "looking for the noise")
     calibrate.add_argument("--target-epsilon", type=float, required=True, help="the budget, never exceeded")
     _add_run(calibrate)
 
 
 def _add_run(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--delta", type=float, required=True, help="failure probability, below 1 / data set size")
-    command.add_argument("--sample-rate", type=float, help="q: probability that an example enters a step")
-    command.add_argument("--dataset-size", type=int, help="N; with --logical-batch-size instead of --sample-rate")
-    command.add_argument("--logical-batch-size", type=int, help="expected batch B, so that q = B / N")
+    command.add_argument("--delta", type=float, required=True, help="failure probability, below 1 / N")
+    command.add_argument("--sample-rate", type=float, help="q: probability that an image, or a unit, enters a step")
+    command.add_argument(
+        "--dataset-size", type=int,
+        help="N: number of images, or of units; with --logical-batch-size instead of --sample-rate",
+    )  # fmt: skip
+    command.add_argument("--logical-batch-size", type=int, help="expected images, or units, B, so that q = B / N")
+    command.add_argument(
+        "--privacy-unit-column", metavar="NAME",
+        help="N, B and q count units: all images with the same value in this column, as in training",
+    )  # fmt: skip
+    command.add_argument(
+        "--examples-per-unit", type=int, metavar="K",
+        help=f"most images of one unit in one step, {EXAMPLES_PER_UNIT} by default; with --privacy-unit-column",
+    )  # fmt: skip
     length = command.add_mutually_exclusive_group(required=True)
     length.add_argument("--steps", type=int, help="optimizer steps")
     length.add_argument("--epochs", type=float, help="instead of --steps: an epoch is N / B steps, rounded up")
@@ -58,7 +81,7 @@ def _sample_rate(arguments: argparse.Namespace) -> float:
                 "--logical-batch-size."
             )
         if size is not None and size < 1:
-            raise ArgumentRefused(f"--dataset-size {size}: a data set has at least one example.")
+            raise ArgumentRefused(f"--dataset-size {size}: a data set has at least one image, or unit.")
         return arguments.sample_rate
     if size is None or batch is None:
         raise ArgumentRefused(
@@ -105,16 +128,32 @@ def _calibrate(arguments: argparse.Namespace) -> Answer:
     return replace(answer, text=f"noise multiplier  {sigma:g}\nsteps             {steps}\n\n{answer.text}")
 
 
+def _unit(arguments: argparse.Namespace) -> Unit:
+    """Whom epsilon protects, in words."""
+    from ..wording import unit_in_words
+
+    column, most = arguments.privacy_unit_column, arguments.examples_per_unit
+    if column is None and most is not None:
+        raise ArgumentRefused(f"--examples-per-unit {most} without --privacy-unit-column: every image is a unit then.")
+    if most is not None and most < 1:
+        raise ArgumentRefused(f"--examples-per-unit {most}: a unit takes part with at least one image.")
+    return unit_in_words(column, None if column is None else most or EXAMPLES_PER_UNIT)
+
+
 def _costs(arguments: argparse.Namespace, rate: float, sigma: float, steps: int) -> Answer:
     """Epsilon of the run and its claim, as JSON values and as text."""
     from .. import accounting
     from ..accounting.claim import round_down, round_up
 
     ledger = accounting.Ledger((accounting.Event(rate, sigma, steps),))
+    unit = _unit(arguments)
     bounds = ledger.epsilon(arguments.delta, arguments.accountant)
-    words = accounting.claim(bounds, ledger, dataset_size=arguments.dataset_size)
+    words = accounting.claim(
+        bounds, ledger, dataset_size=arguments.dataset_size, privacy_unit=unit.what, noun=unit.noun, count=unit.count
+    )
     report = {
-        "sample_rate": rate, "noise_multiplier": sigma, "steps": steps, "epsilon": bounds.to_dict(), "claim": words,
+        "sample_rate": rate, "noise_multiplier": sigma, "steps": steps, "epsilon": bounds.to_dict(),
+        "unit_of_privacy": unit.short, "claim": words,
     }  # fmt: skip
     text = (
         f"epsilon at delta = {arguments.delta:g}\n"
@@ -123,4 +162,6 @@ def _costs(arguments: argparse.Namespace, rate: float, sigma: float, steps: int)
         f"  upper       {round_up(bounds.upper)}   (the number to state)\n"
         f"  accountant  {bounds.accountant}\n\n{words}"
     )
+    if arguments.privacy_unit_column is None:
+        text += f"\n{_OF_IMAGES}"
     return Answer(report, text)

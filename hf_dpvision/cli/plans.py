@@ -23,7 +23,7 @@ examples:
 
 def register(commands: Any) -> None:
     """Add the command."""
-    inspect = add_command(commands, "inspect", _INSPECT_HELP, _inspect)
+    inspect = add_command(commands, "inspect", _INSPECT_HELP, _inspect, "looking at the model")
     inspect.add_argument("model", help="timm/<name>, a Hub id, or a local folder")
     inspect.add_argument("--image-size", type=int, default=224, help="pixels a side (default %(default)s)")
     inspect.add_argument(

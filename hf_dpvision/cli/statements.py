@@ -36,7 +36,7 @@ examples:
 
 def register(commands: Any) -> None:
     """Add both commands."""
-    verify = add_command(commands, "verify", _VERIFY_HELP, _verify)
+    verify = add_command(commands, "verify", _VERIFY_HELP, _verify, "computing epsilon again")
     verify.add_argument("model", help="folder of a released model, or its Hub id")
     verify.add_argument(
         "--accountants",
@@ -44,7 +44,7 @@ def register(commands: Any) -> None:
         metavar="NAMES",
         help="who computes epsilon again (default %(default)s; pld needs the extra `verify`)",
     )
-    statement = add_command(commands, "statement", _STATEMENT_HELP, _statement)
+    statement = add_command(commands, "statement", _STATEMENT_HELP, _statement, "reading the statement")
     statement.add_argument("model", help="folder of a released model, or its Hub id")
 
 

@@ -1,9 +1,9 @@
-"""Compare a model card with `privacy.json`: its front matter as values, its words about privacy letter by letter."""
+"""Compare card and report with `privacy.json`: front matter as values, words about privacy letter by letter."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import yaml
 
 from .. import __version__
 from ..model_card import CARD_NAME, END_OF_BLOCK, PRIVACY_TAGS, privacy_blocks
+from ..report import RELEASED_FILES, compared_parts
 from ..wording import is_protected
 from .findings import Finding, as_plain_mapping, difference, differences
 
@@ -45,7 +46,22 @@ def compare_card(folder: Path, statement: Mapping[str, Any], where: str = CARD_N
     front, fence, body = text.removeprefix(_FENCE).partition(f"\n{_FENCE}")
     if not (text.startswith(_FENCE) and fence):
         return [Finding(where, KEY, "there is no front matter")]
-    return [*_front_matter(front, statement, where), *_body(body, statement, where)]
+    return [*_front_matter(front, statement, where), *_same_blocks(body, privacy_blocks(statement), statement, where)]
+
+
+def compare_report(folder: Path, statement: Mapping[str, Any]) -> list[Finding]:
+    """Return every difference between what the report says about privacy, if there is one, and the statement.
+
+    Its curves cannot be checked: they are not in the statement.
+    """
+    where = RELEASED_FILES[0]
+    try:
+        text = (folder / where).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError) as error:
+        return [Finding(where, "", f"cannot be read ({error})")]
+    return list(_same_blocks(text, compared_parts(statement), statement, where))
 
 
 def _front_matter(front: str, statement: Mapping[str, Any], where: str) -> Iterator[Finding]:
@@ -64,9 +80,9 @@ def _front_matter(front: str, statement: Mapping[str, Any], where: str) -> Itera
         yield difference(where, "tags", claimed, [], "nothing is guaranteed")
 
 
-def _body(body: str, statement: Mapping[str, Any], where: str) -> Iterator[Finding]:
+def _same_blocks(body: str, blocks: Sequence[str], statement: Mapping[str, Any], where: str) -> Iterator[Finding]:
     """Every block must stand there once, as it is rendered from the statement."""
-    for block in privacy_blocks(statement):
+    for block in blocks:
         start = block.partition("\n")[0]
         name = start.removeprefix("<!-- ").partition(":")[0]
         if body.count(start) != 1:

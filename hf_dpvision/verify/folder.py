@@ -12,7 +12,7 @@ from ..accounting import Bounds
 from ..accounting.journal import FILE, FOLDER, LOCK, History, Mark, read_journal
 from ..errors import ArgumentRefused, LedgerRefused
 from ..release import forbidden_files
-from .card import compare_card
+from .card import compare_card, compare_report
 from .consistency import inconsistencies
 from .findings import Finding, difference
 from .recompute import ACCOUNTANTS, recompute
@@ -57,7 +57,7 @@ def verify_folder(
     accountants: Sequence[str] = tuple(ACCOUNTANTS),
     forbidden: Callable[[Path], Sequence[str]] = forbidden_files,
 ) -> Verification:
-    """Check the folder of a released model: statement, epsilon, card, ledger, and that nothing else lies there.
+    """Check the folder of a released model: statement, epsilon, card, report, ledger, and that it holds no other file.
 
     Weights need not be there; they are not read. The output folder of a run, known by the lock of its ledger, may hold
     what stays there; that is noted, for whoever copies the folder instead of pushing it.
@@ -83,7 +83,7 @@ def verify_folder(
     again = recompute(statement, accountants, STATEMENT_FILE)
     if not any(finding.field == "events" for finding in again.findings):
         findings = [*inconsistencies(statement, STATEMENT_FILE), *findings]
-        findings += compare_card(folder, statement)
+        findings += [*compare_card(folder, statement), *compare_report(folder, statement)]
         findings += _ledger(folder, statement)
     findings = [*again.findings, *findings]
     return Verification(statement, again.bounds, again.notes, tuple(dict.fromkeys(findings)), staying)

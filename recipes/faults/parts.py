@@ -97,6 +97,6 @@ class Parts:
         common = {
             "target_delta": 1e-4, "learning_rate": 0.0, "lr_scheduler_type": "constant", "optim": "sgd",
             "use_cpu": True, "save_strategy": "no", "logging_strategy": "no", "report_to": "none",
-            "disable_tqdm": True, "self_check": False, "accountant": "rdp",
+            "disable_tqdm": True, "self_check": False, "accountant": "rdp", "run_report": False,
         }  # fmt: skip
         return DPTrainingArguments(str(folder), **common | settings)

@@ -182,6 +182,7 @@ class GradientDescent:
             weight_decay=0.0,
             per_device_train_batch_size=4096,
             save_strategy="no",
+            run_report=False,
             logging_strategy="no",
             dataloader_pin_memory=torch.cuda.is_available(),
         )

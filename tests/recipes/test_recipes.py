@@ -26,9 +26,11 @@ from transformers import (
     BeitImageProcessor,
 )
 
-from hf_dpvision import DPTrainer
+from hf_dpvision import DPTrainer, DPTrainingArguments, cli
 from hf_dpvision.config import parse_arguments
 from hf_dpvision.errors import ArgumentRefused, DataRefused, RefusedError
+from hf_dpvision.recipe.arguments import PATHS, DataTrainingArguments, ModelArguments, resume_point
+from hf_dpvision.recipe.preparing import unused_folder
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -79,6 +81,7 @@ per_device_train_batch_size: 5
 save_strategy: no
 self_check: false
 use_cpu: true
+run_report: false
 output_dir: out
 """
 
@@ -268,9 +271,9 @@ WITH_RESULTS = {"digits_beit.yaml", "cifar10_deit_tiny.yaml", "cifar100_deit_tin
 @pytest.mark.parametrize("config", sorted(path.name for path in RECIPES.glob("*.yaml")))
 def test_every_shipped_configuration_is_accepted(recipe, config):
     parsed = parse_arguments(
-        [recipe.ModelArguments, recipe.DataTrainingArguments, recipe.DPTrainingArguments],
+        [ModelArguments, DataTrainingArguments, DPTrainingArguments],
         ["--config", str(RECIPES / config)],
-        path_fields=recipe.PATHS,
+        path_fields=PATHS,
     )
     _, data_args, training_args = parsed.groups
     assert data_args.compare_non_private == (config in WITH_RESULTS)
@@ -295,21 +298,21 @@ def test_the_script_ends_with_one_line_and_an_exit_code_on_bad_input(workplace):
 
 def test_a_second_run_leaves_the_folder_of_the_first_alone(recipe, tmp_path, capsys):
     folder = tmp_path / "out"
-    assert recipe.unused_folder(folder, print) == folder and not capsys.readouterr().out
+    assert unused_folder(folder, print) == folder and not capsys.readouterr().out
     for number, name in ((2, "out-2"), (3, "out-3")):
         used = folder if number == 2 else tmp_path / "out-2"
         (used / "privacy").mkdir(parents=True)
         (used / "privacy" / "ledger.jsonl").touch()
-        assert recipe.unused_folder(folder, print) == tmp_path / name
+        assert unused_folder(folder, print) == tmp_path / name
     assert "their epsilons add up" in capsys.readouterr().out
 
 
 def test_resuming_is_asked_for_as_in_the_official_example(recipe, tmp_path):
     for asked, point in ((None, None), ("true", True), ("out/checkpoint-3", "out/checkpoint-3")):
-        args = recipe.DPTrainingArguments(
+        args = DPTrainingArguments(
             str(tmp_path), target_epsilon=1, target_delta=1e-5, logical_batch_size=2, resume_from_checkpoint=asked
         )
-        assert recipe.resume_point(args) == point
+        assert resume_point(args) == point
 
 
 NAMES = {"imagenet1k_vit_small": 1000, "food101_beit_base": 101}
@@ -371,3 +374,15 @@ def test_the_configuration_for_a_folder_of_ones_own_runs(recipe, workplace, tmp_
     record = recipe.main(["--config", str(RECIPES / "your_folder.yaml"), *folders, *small, *short, *out])
     assert record.epsilon <= 8 and "accuracy" in record.scores["private"]
     assert "accuracy" not in (tmp_path / "out" / "README.md").read_text()  # it is measured on private images
+
+
+def test_the_command_line_runs_the_recipe_and_answers_in_json(workplace, capsys):
+    words = ["--config", str(workplace / "tiny.yaml"), "--output_dir", str(workplace / "command")]
+    # evaluating while training means training
+    assert cli.main(["train", *words, "--json", "--eval_strategy", "steps", "--eval_steps", "2"]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out) == json.loads((workplace / "command" / "results.json").read_text())
+    assert json.loads(told.out)["command"].startswith("hf-dpvision train --config tiny.yaml")
+    assert "before fine-tuning" in told.err and 0 < json.loads(told.out)["epsilon"] <= 8
+    assert cli.main(["train", *words, "--train_dir", "absent"]) == 1
+    assert capsys.readouterr().err.startswith("hf-dpvision train: the image folder 'absent'")
