@@ -61,7 +61,14 @@ from hf_dpvision.data import (
 from hf_dpvision.errors import ArgumentRefused, DataRefused, RefusedError
 from hf_dpvision.metrics import compute_metrics_for
 from hf_dpvision.model_card import CardResult, write_model_card
-from hf_dpvision.results import SUMMARY, RecipeRecord, comparison_table, environment, update_results_table
+from hf_dpvision.results import (
+    SUMMARY,
+    RecipeRecord,
+    append_record,
+    comparison_table,
+    environment,
+    update_results_table,
+)
 from hf_dpvision.trainable import TrainLayers, count_parameters, train_only, zero_head
 from hf_dpvision.wording import unit_in_words
 
@@ -69,9 +76,10 @@ from hf_dpvision.wording import unit_in_words
 DEFAULT_CONFIG = Path(__file__).with_name("digits_beit.yaml")
 PATHS = (
     "train_dir", "validation_dir", "train_files", "validation_files", "output_dir", "cache_dir", "results_table",
-    "results_summary",
+    "results_summary", "results_record",
 )  # fmt: skip
 SECRET = {"token", "hub_token"}
+WRITING = ("--results_table", "--results_summary", "--results_record")
 NOT_METRICS = {"epoch", "eval_loss", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
 NOT_METRICS |= {"eval_model_preparation_time", "eval_metrics_are_private"}
 AUGMENTATIONS = {
@@ -150,6 +158,7 @@ class DataTrainingArguments:
     non_private_learning_rate: float | None = _argument(None, "Learning rate of that run, if another one suits it.")
     results_table: str | None = _argument(None, "Markdown file that gets a row with the result of this run.")
     results_summary: str | None = _argument(None, "Markdown file that gets a shorter row.")
+    results_record: str | None = _argument(None, "File of JSON lines that gets a line with everything about this run.")
 
 
 @dataclass(frozen=True)
@@ -396,12 +405,19 @@ def make_record(
         versions=versions,
         date=date.today().isoformat(),
         unit=None if column is None else unit_in_words(column, training_args.examples_per_unit).short,
+        mechanism=mechanism_of(trainer) if bounds else None,
     )
+
+
+def mechanism_of(trainer: DPTrainer) -> dict[str, object]:
+    """Return what epsilon was computed from: how examples were drawn, and the steps that were charged."""
+    statement = trainer.privacy_statement()
+    return {"sampling": statement["sampling"]["scheme"], "events": statement["events"]}
 
 
 def _of_run(command_line: list[str]) -> list[str]:
     """Return the command line without the options that only say where the results are written."""
-    writing = {i for i, word in enumerate(command_line) if word in ("--results_table", "--results_summary")}
+    writing = {i for i, word in enumerate(command_line) if word in WRITING}
     return [word for i, word in enumerate(command_line) if i not in writing and i - 1 not in writing]
 
 
@@ -429,6 +445,9 @@ def report(record: RecipeRecord, trainer: DPTrainer, parsed: ParsedArguments, da
     if data_args.results_summary is not None:
         files["summary"] = Path(data_args.results_summary)
         update_results_table(files["summary"], record, SUMMARY)
+    if data_args.results_record is not None:
+        files["record"] = Path(data_args.results_record)
+        append_record(files["record"], dataclasses.asdict(record))
     say(f"\n{comparison_table(record)}\n")
     if data.held_out is not None:
         covered = "" if training_args.eval_data == "public" else " (held-out data, not covered by epsilon)"
