@@ -51,7 +51,7 @@ class RecipeRecord:
         scores: all metrics on held-out data of the models `before`, `private` and `non_private`, as far as run.
         seconds: of the whole run.
         unit: whom epsilon protects, in words; None: one training image.
-        mechanism: what epsilon was computed from: `sampling` and `events`, as the statement says; None without privacy.
+        mechanism: what epsilon was computed from, `sampling` and `events` as in the statement; None without privacy.
         hardware, versions, date: of the run; date as YYYY-MM-DD.
     """
 

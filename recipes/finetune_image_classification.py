@@ -40,6 +40,11 @@ import torch
 from torch import nn
 from transformers import set_seed
 
+
+# Before timm is imported: on a processor, the backward pass of fused attention takes twice as long.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TIMM_FUSED_ATTN", "0")
+
 from hf_dpvision import DPTrainer, DPTrainingArguments, load_model
 from hf_dpvision.config import ParsedArguments, parse_arguments, without_folders
 from hf_dpvision.data import (
@@ -152,6 +157,7 @@ class DataTrainingArguments:
     train_transform: Literal["none", "flip", "crop", "flip_crop"] = _argument(
         "none", "Random changes of one training picture: mirror it, shift it by up to an eighth, or both."
     )
+    evaluate_before: bool = _argument(True, "Also measure the model before it is fine-tuned.")
     metric: str = _argument("accuracy", "accuracy (with top-5 for more than 5 classes), or any metric of evaluate.")
     metric_options: dict | str | None = _argument(None, 'Further arguments of the metric, as {"average": "macro"}.')
     compare_non_private: bool = _argument(False, "Also fine-tune without privacy, to show what privacy costs.")
@@ -190,7 +196,7 @@ def main(command_line: list[str]) -> RecipeRecord:
     initial = copy.deepcopy(model) if data_args.compare_non_private else None
 
     trainer = DPTrainer(model=model, args=training_args, **prepared.trainer_parts)
-    scores = {"before": evaluated(trainer, "before fine-tuning", say)}
+    scores = {"before": evaluated(trainer, "before fine-tuning", say)} if data_args.evaluate_before else {}
     if training_args.do_train:
         say(f"\nFine-tuning {'without privacy' if training_args.disable_dp else 'privately'}:")
         trainer.train(resume_from_checkpoint=resume)
