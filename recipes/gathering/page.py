@@ -23,7 +23,7 @@ a step by its own secret draw, and that batches have no fixed size.
 
 SHOWN = (  # of the settings; all of them are in the configuration and the records
     "max_steps", "num_train_epochs", "logical_batch_size", "optim", "optim_args", "learning_rate", "lr_scheduler_type",
-    "weight_decay", "per_sample_max_grad_norm", "clipping", "head_init", "replace_batchnorm", "train_transform", "bf16",
+    "weight_decay", "per_sample_max_grad_norm", "clipping", "head_init", "replace_batchnorm", "train_transform",
 )  # fmt: skip
 
 
