@@ -52,7 +52,7 @@ def unique_series(points: Sequence[Point]) -> list[tuple[str, str]]:
 def accuracies(points: Sequence[Point], rows: Sequence[tuple[str, str]]) -> list[str]:
     """One row per configuration and method, one column per epsilon."""
     targets = sorted({point.target for point in points})
-    lines = _head(["data", "model", "trained", *(_target(points, target) for target in targets)])
+    lines = _head(["data", "model", "method", *(_target(points, target) for target in targets)])
     for config, method in rows:
         mine = {point.target: point for point in points if (point.config, point.method) == (config, method)}
         first = next(iter(mine.values()))
@@ -78,19 +78,23 @@ def aims(judged: Sequence[Verdict]) -> list[str]:
 def section(config: str, points: Sequence[Point]) -> list[str]:
     """How the numbers of one configuration came about."""
     lines = [f"### {config}", "", f"{points[0].model} on {points[0].data}.", ""]
-    lines += _head(["trained", "epsilon", "runs", "what a run was charged", "accountant", "settings", "time of a run"])
+    lines += _head(["method", "epsilon", "runs", "what a run was charged", "accountant", "time of a run"])
     for point in sorted(points, key=lambda point: (point.method, point.target)):
-        seeds = f", seeds {_numbers(point.seeds)}" if point.seeds else ", no seed"
-        times = f"{point.seconds / 60:.1f} min" + (", both models" if point.compared else "")
+        seeds = f", {_numbers(point.seeds)}" if point.seeds else ", no seed"
+        times = _duration(point.seconds) + (", both models" if point.compared else "")
         cells = [point.method, _epsilon(point), f"{len(point.accuracies)}{seeds}", _charged(point), point.accountant]
-        lines.append(_row([*cells, _settings(point), times]))
+        lines.append(_row([*cells, times]))
+    lines += ["", *unique(f"- {point.method}: {_settings(point)}." for point in points)]
     commands = unique(command for point in points for command in point.commands)
-    lines += ["", "Commands, of the first and the last run:" if len(commands) > 2 else "Command:", ""]
+    lines += ["", "Commands, of the first and of the last run:" if len(commands) > 1 else "Command:", ""]
     lines += [f"    {command}" for command in unique([commands[0], commands[-1]])]
     where = unique(text for point in points for text in point.hardware)
     what = unique(text for point in points for text in point.versions)
     when = sorted(unique(text for point in points for text in point.dates))
-    return [*lines, "", f"{'; '.join(where)}. {'; '.join(what)}. {', '.join(when)}.", ""]
+    lines += ["", f"{'; '.join(where)}. {'; '.join(what)}. {', '.join(when)}.", ""]
+    for note in unique(note for point in points for note in point.notes):
+        lines += [note, ""]
+    return lines
 
 
 def _head(titles: Sequence[str]) -> list[str]:
@@ -123,11 +127,15 @@ def _accuracy(point: Point | None, digits: int = 1) -> str:
 def _charged(point: Point) -> str:
     if not point.events:
         return "nothing"
-    how = {"poisson": "Poisson", "everyone": "everyone"}[point.sampling]
-    return f"{how}: " + "; then ".join(
-        f"{event['steps']} x (rate {event['sample_rate']:.4g}, noise multiplier {event['noise_multiplier']:.4g})"
+    return "; then ".join(
+        f"{event['steps']} x noise multiplier {event['noise_multiplier']:.4g}, "
+        + ("everyone" if event["sample_rate"] == 1 else f"Poisson with rate {event['sample_rate']:.4g}")
         for event in point.events
     )
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.1f} min"
 
 
 def _settings(point: Point) -> str:
@@ -137,6 +145,7 @@ def _settings(point: Point) -> str:
 
 
 def _numbers(seeds: Sequence[int]) -> str:
-    ordered = sorted(seeds)
+    ordered = sorted(set(seeds))
     whole = ordered == list(range(ordered[0], ordered[-1] + 1)) and len(ordered) > 2
-    return f"{ordered[0]} to {ordered[-1]}" if whole else ", ".join(map(str, ordered))
+    numbers = f"{ordered[0]} to {ordered[-1]}" if whole else ", ".join(map(str, ordered))
+    return f"seed{'s' if len(ordered) > 1 else ''} {numbers}"

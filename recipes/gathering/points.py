@@ -30,14 +30,14 @@ class Point:
         method: how it was trained, in words.
         target: epsilon that was asked for.
         upper: largest epsilon of these runs, as their ledgers say.
-        delta, accountant, sampling: of the guarantee.
+        delta, accountant: of the guarantee.
         events: what one run was charged.
         accuracies: shares of the held-out images, one for each run.
         seeds: of these runs, where they had one.
         settings: by name, seeds and places left out.
         seconds: of one run, on average. With `compared` that of two, the private one and the one without privacy.
         compared: whether a run was one half of a command.
-        commands, hardware, versions, dates: without repeats.
+        commands, hardware, versions, dates, notes: without repeats.
     """
 
     config: str
@@ -48,7 +48,6 @@ class Point:
     upper: float
     delta: float | None
     accountant: str
-    sampling: str
     events: Sequence[Mapping[str, float]]
     accuracies: Sequence[float]
     seeds: Sequence[int]
@@ -59,6 +58,7 @@ class Point:
     hardware: Sequence[str]
     versions: Sequence[str]
     dates: Sequence[str]
+    notes: Sequence[str] = ()
 
     @property
     def mean(self) -> float:
@@ -114,8 +114,7 @@ def _of_recipe(record: Mapping[str, Any]) -> Iterator[Point]:
             upper=record["epsilon"] if private else math.inf,
             delta=record["delta"] if private else None,
             accountant=record["accountant"] if private else "none",
-            sampling=record["mechanism"]["sampling"] if private else "poisson",
-            events=record["mechanism"]["events"] if private else [],
+            events=_events(record["mechanism"]) if private else [],
             accuracies=[record["scores"][half][record["metric"]]],
             seeds=[settings.get("seed", 42)],
             settings={**kept, "learning_rate": rate},
@@ -125,13 +124,13 @@ def _of_recipe(record: Mapping[str, Any]) -> Iterator[Point]:
             hardware=[record["hardware"]],
             versions=[_versions(record)],
             dates=[record["date"]],
+            notes=[record["note"]] if "note" in record else [],
         )
 
 
 def _of_probe(record: Mapping[str, Any]) -> Iterator[Point]:
     for score in record["scores"]:
         private = score["target"] is not None
-        everyone = all(event["sample_rate"] == 1 for event in score["events"])
         yield Point(
             config=record["name"],
             model=record["model"],
@@ -141,7 +140,6 @@ def _of_probe(record: Mapping[str, Any]) -> Iterator[Point]:
             upper=score["upper"] if private else math.inf,
             delta=record["delta"] if private else None,
             accountant=score["accountant"] if private else "none",
-            sampling="everyone" if everyone else "poisson",
             events=score["events"],
             accuracies=score["accuracies"],
             seeds=[],
@@ -152,7 +150,14 @@ def _of_probe(record: Mapping[str, Any]) -> Iterator[Point]:
             hardware=[record["hardware"]],
             versions=[_versions(record)],
             dates=[record["date"]],
+            notes=[record["note"]] if "note" in record else [],
         )
+
+
+def _events(mechanism: Mapping[str, Any]) -> Sequence[Mapping[str, float]]:
+    if mechanism["sampling"] != "poisson":
+        raise ValueError(f"sampling {mechanism['sampling']!r} is not what the page describes")
+    return mechanism["events"]
 
 
 def _versions(record: Mapping[str, Any]) -> str:
@@ -178,6 +183,7 @@ def _together(first: Point, second: Point) -> Point:
         hardware=unique([*first.hardware, *second.hardware]),
         versions=unique([*first.versions, *second.versions]),
         dates=unique([*first.dates, *second.dates]),
+        notes=unique([*first.notes, *second.notes]),
     )
 
 

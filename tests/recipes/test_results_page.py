@@ -104,7 +104,7 @@ def test_runs_are_averaged_and_aims_judged_by_the_means(recipe, tmp_path):
     assert next(outcome for aim, outcome in outcomes.items() if "full" in aim) == "not run yet"
     assert "shrunk model" in next(outcome for aim, outcome in outcomes.items() if "96.7" in aim)
     runs = [row for row in rows_of(page, "Poisson") if "seeds" in row[2]]
-    assert runs[0][2] == "2, seeds 0, 1" and runs[0][3] == "Poisson: 36 x (rate 0.01, noise multiplier 0.5)"
+    assert runs[0][2] == "2, seeds 0, 1" and runs[0][3] == "36 x noise multiplier 0.5, Poisson with rate 0.01"
     assert runs[0][-1] == "1.5 min, both models"  # of one and of two minutes
     assert page == (tmp_path / "page.md").read_text() and str(tmp_path) not in page
 
