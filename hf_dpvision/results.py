@@ -51,6 +51,7 @@ class RecipeRecord:
         scores: all metrics on held-out data of the models `before`, `private` and `non_private`, as far as run.
         seconds: of the whole run.
         unit: whom epsilon protects, in words; None: one training image.
+        mechanism: what epsilon was computed from, `sampling` and `events` as in the statement; None without privacy.
         hardware, versions, date: of the run; date as YYYY-MM-DD.
     """
 
@@ -70,6 +71,7 @@ class RecipeRecord:
     versions: Mapping[str, str]
     date: str
     unit: str | None = None
+    mechanism: Mapping[str, object] | None = None
 
     def score(self, model: str) -> float | None:
         """Return the compared value of one of the models, None if it was not run."""
@@ -79,6 +81,14 @@ class RecipeRecord:
         """Return the record with a note on what epsilon covers."""
         note = "The values on held-out data are not covered by epsilon; neither is the non-private model."
         return json.dumps({**asdict(self), "note": note}, indent=2, allow_nan=False) + "\n"
+
+
+def append_record(path: Path, record: Mapping[str, object]) -> None:
+    """Add one line of JSON to a file that has a line for every run; the file is made if it is not there."""
+    line = json.dumps(record, allow_nan=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
 
 
 def environment() -> tuple[str, dict[str, str]]:

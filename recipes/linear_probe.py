@@ -50,11 +50,11 @@ from hf_dpvision.data import (
 from hf_dpvision.data.features import CachedFeatures, cached_features
 from hf_dpvision.data.shards import remove
 from hf_dpvision.errors import ArgumentRefused, DataRefused, RefusedError
-from hf_dpvision.results import environment
+from hf_dpvision.results import append_record, environment
 
 
 HERE = Path(__file__).parent
-PATHS = ("train_dir", "validation_dir", "train_files", "validation_files", "features_dir", "report")
+PATHS = ("train_dir", "validation_dir", "train_files", "validation_files", "features_dir", "report", "record")
 METHODS = ("gd", "least_squares", "prototypes")
 
 
@@ -106,6 +106,7 @@ class ProbeArguments:
     report: str = _argument(
         str(HERE / "linear_probe.md"), "Markdown file that gets a section; the plot goes beside it."
     )
+    record: str | None = _argument(None, "File of JSON lines that gets a line with everything about this run.")
 
 
 def main(command_line: list[str]) -> Record:
@@ -150,6 +151,8 @@ def main(command_line: list[str]) -> Record:
         date=date.today().isoformat(),
     )
     report(record, Path(args.report))
+    if args.record is not None:
+        append_record(Path(args.record), record.to_record())
     if not args.keep_features:
         for part in cached:
             remove(part.place)
@@ -252,7 +255,9 @@ def scores_of(method: Method, held_out: Rows, args: ProbeArguments) -> list[Scor
         seconds = (time.monotonic() - started) / len(fits)
         accuracies = [held_out.accuracy(fit.weight) for fit in fits]
         worst = max((fit.bounds for fit in fits), key=lambda bounds: bounds.upper)
-        scores.append(Score(method.name, target, worst.upper, worst.accountant, accuracies, seconds))
+        scores.append(
+            Score(method.name, target, worst.upper, worst.accountant, accuracies, seconds, fits[0].events)
+        )
         print(f"{method.name}, epsilon <= {worst.upper:.4g}: " + ", ".join(f"{100 * a:.2f} %" for a in accuracies))
     return scores
 

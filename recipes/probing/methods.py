@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Protocol
 
@@ -49,10 +49,11 @@ class Rows:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A head `[k, d]`, and what it cost; epsilon is infinite without privacy."""
+    """A head `[k, d]`, and what it cost, in events; epsilon is infinite without privacy, and there are none."""
 
     weight: Tensor
     bounds: Bounds
+    events: Sequence[Mapping[str, float]] = ()
 
 
 class Method(Protocol):
@@ -80,7 +81,7 @@ class _OneRelease:
         return accounting.noise_multiplier(target_epsilon=epsilon, delta=self.delta, sample_rate=1.0, steps=1)
 
     def _fitted(self, weight: Tensor, ledger: Ledger) -> Fitted:
-        return Fitted(weight, ledger.epsilon(self.delta))
+        return Fitted(weight, ledger.epsilon(self.delta), [asdict(event) for event in ledger.events])
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,8 @@ class GradientDescent:
             trainer = DPTrainer(probe, self._arguments(folder, epsilon), train_dataset=examples)
             trainer.train()
             bounds = trainer.epsilon()
-        return Fitted(probe.weight.detach().cpu(), bounds)
+            events = [] if epsilon is None else trainer.privacy_statement()["events"]
+        return Fitted(probe.weight.detach().cpu(), bounds, events)
 
     def _arguments(self, folder: str, epsilon: float | None) -> DPTrainingArguments:
         private = epsilon is not None

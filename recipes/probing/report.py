@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hf_dpvision.accounting.claim import round_up
@@ -29,6 +29,7 @@ class Score:
     Args:
         upper: largest epsilon of these fits, as the ledger says.
         accountant: whose it is.
+        events: what these fits were charged each, as mappings of the fields of `accounting.Event`.
         seconds: of one fit, on average.
     """
 
@@ -38,6 +39,7 @@ class Score:
     accountant: str
     accuracies: Sequence[float]
     seconds: float
+    events: Sequence[Mapping[str, float]] = ()
 
     @property
     def mean(self) -> float:
@@ -66,6 +68,13 @@ class Record:
     hardware: str
     versions: Mapping[str, str]
     date: str
+
+    def to_record(self) -> dict[str, object]:
+        """Return the run for a file of JSON lines, where no epsilon at all stands for an infinite one."""
+        content = asdict(self)
+        for score in content["scores"]:
+            score |= {name: None if math.isinf(score[name]) else score[name] for name in ("target", "upper")}
+        return content
 
     def find(self, method: str, target: float) -> Score | None:
         return next((s for s in self.scores if s.method == method and s.target == target), None)

@@ -315,12 +315,17 @@ def test_resuming_is_asked_for_as_in_the_official_example(recipe, tmp_path):
         assert resume_point(args) == point
 
 
-NAMES = {"imagenet1k_vit_small": 1000, "food101_beit_base": 101}
+NAMES = {
+    "imagenet1k_vit_small": ("image", "label", 1000),
+    "food101_beit_base": ("image", "label", 101),
+    "cifar10_beit_large": ("img", "label", 10),
+    "cifar100_beit_large": ("img", "fine_label", 100),
+}
 
 
-def stand_in(folder: Path, classes: int) -> Path:
-    """Files named and typed as on the Hub: `image` and `label`, two parts, JPEGs of several kinds."""
-    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(num_classes=classes))
+def stand_in(folder: Path, image: str, label: str, classes: int) -> Path:
+    """Files named and typed as on the Hub: an image and a label, two parts, JPEGs of several kinds."""
+    features = datasets.Features({image: datasets.Image(), label: datasets.ClassLabel(num_classes=classes)})
     generator = np.random.default_rng(0)
     (folder / "data").mkdir(parents=True)
     for part, files, count in (("train", 3, 48), ("validation", 1, 8)):
@@ -331,7 +336,7 @@ def stand_in(folder: Path, classes: int) -> Path:
             pictures[1] = pictures[1].convert("CMYK")
             encoded = [{"bytes": _jpeg(picture), "path": None} for picture in pictures]
             labels = generator.integers(0, classes, len(encoded)).tolist()
-            rows = datasets.Dataset.from_dict({"image": encoded, "label": labels}, features=features)
+            rows = datasets.Dataset.from_dict({image: encoded, label: labels}, features=features)
             rows.to_parquet(folder / "data" / f"{part}-{number:05}-of-{files:05}.parquet")
     return folder
 
@@ -344,10 +349,11 @@ def _jpeg(picture: Image.Image) -> bytes:
 
 @pytest.mark.parametrize(
     ("config", "sampling"),
-    [("imagenet1k_vit_small", "windows"), ("imagenet1k_vit_small", "materialise"), ("food101_beit_base", None)],
-)
+    [("imagenet1k_vit_small", "windows"), ("imagenet1k_vit_small", "materialise"), ("food101_beit_base", None),
+     ("cifar10_beit_large", None), ("cifar100_beit_large", None)],
+)  # fmt: skip
 def test_a_configuration_for_data_that_is_not_here_runs_on_a_stand_in(recipe, workplace, tmp_path, config, sampling):
-    data = stand_in(tmp_path / "set", NAMES[config])
+    data = stand_in(tmp_path / "set", *NAMES[config])
     changed = {
         "dataset_name": data, "model_name_or_path": workplace / "model", "image_size": 16, "max_steps": 5,
         "train_dataset_size": 48, "logical_batch_size": 12, "target_delta": 1e-3, "per_device_train_batch_size": 5,
@@ -362,6 +368,10 @@ def test_a_configuration_for_data_that_is_not_here_runs_on_a_stand_in(recipe, wo
     assert record.data.endswith("48 train and 8 held-out images") and record.epsilon <= 8
     statement = json.loads((tmp_path / "out" / "privacy.json").read_text())
     assert statement["steps"] == 5 and statement["sampling"]["dataset_size"] == 48
+    if "beit_large" in config:  # every parameter is trained, the ones that others freeze as well
+        assert record.epsilon <= 1
+        trained = statement["trainable_parameters"]
+        assert trained["scope"] == "all" and "beit.*.relative_position_bias_table" in str(trained["trained_tensors"])
     assert not (tmp_path / "out" / "stream").exists()
 
 

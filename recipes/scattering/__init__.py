@@ -1,0 +1,1 @@
+"""Parts of the recipe without pretraining: the scattering transform, and its private standardisation."""
