@@ -1,12 +1,12 @@
 """The audit of whole runs from within, sampling included: what many canaries of known direction betray of being in.
 
 An attacker who knows the directions v of the canaries' gradients, which are orthogonal, sees along each of them, at
-every step, noise that is moved by C if the canary is in the training set and was drawn. The best he can do with T steps
-is to add up the logarithms of their likelihood ratios. If the mechanism is what its accountant takes it for, that sum
-is distributed as the accountant's privacy loss of T steps, for canaries that are in and for those that are not: noise
-of another size, another sample rate, a contribution above C, draws or noise that depend on one another, and a wrong
-divisor all change it. That is tested sharply. From the same sums follows a lower bound of epsilon that assumes nothing
-of the distribution, and is weak for that.
+every step, noise that is moved by C if the canary is in the training set and was drawn. The best that can be done with
+T steps is to add up the logarithms of their likelihood ratios. If the mechanism is what its accountant takes it for,
+that sum is distributed as the accountant's privacy loss of T steps, for canaries that are in and for those that are
+not: noise of another size, another sample rate, a contribution above C, noise that is repeated and a wrong divisor
+change it. That is tested sharply. From the same sums follows a lower bound of epsilon that assumes nothing of the
+distribution, and is weak for that.
 """
 
 from __future__ import annotations

@@ -156,13 +156,17 @@ class GradientDescent:
     name = "gradient descent"
 
     def fit(self, epsilon: float | None) -> Fitted:
-        probe = LinearProbe(self.train.features.shape[1], self.train.num_classes)
-        examples = FeatureExamples(self.train.features, self.train.labels)
         with tempfile.TemporaryDirectory() as folder:
-            trainer = DPTrainer(probe, self._arguments(folder, epsilon), train_dataset=examples)
+            trainer = self.trainer(folder, epsilon)
             trainer.train()
             bounds = trainer.epsilon()
-        return Fitted(probe.weight.detach().cpu(), bounds)
+        return Fitted(trainer.model.weight.detach().cpu(), bounds)
+
+    def trainer(self, folder: str, epsilon: float | None) -> DPTrainer:
+        """Return the trainer of a fit, whose ledger goes into this folder."""
+        probe = LinearProbe(self.train.features.shape[1], self.train.num_classes)
+        examples = FeatureExamples(self.train.features, self.train.labels)
+        return DPTrainer(probe, self._arguments(folder, epsilon), train_dataset=examples)
 
     def _arguments(self, folder: str, epsilon: float | None) -> DPTrainingArguments:
         private = epsilon is not None
