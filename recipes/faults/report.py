@@ -121,8 +121,6 @@ Where it was seen: FD fastDP, FL FlashDP's review code, OP Opacus, PV private_vi
 private-transformers, DPT dp-transformers. An empty cell is a fault that is only plausible. Other alarms:
 how many other checks of the same section saw it; empty where they were not asked (`--short`).
 
-Not run, for want of a CUDA device: rounding in TF32 and by the kernels of a GPU.
-
 """
 
 _FAULT_HEAD = ("fault", "what is wrong", "seen in", "check", "caught", "p-value or deviation", "other alarms")
