@@ -2,7 +2,8 @@
 
     python recipes/audit.py                                # all but `features`, some 15 minutes on one core
     python recipes/audit.py --sections features            # needs the data and weights of probing/cifar10.yaml
-    python recipes/audit.py --sections step --repetitions 2 --steps 50 --report /dev/null
+    python recipes/audit.py --sections features -- --max_train_samples 5000    # behind --: for linear_probe.py
+    python recipes/audit.py --sections step --repetitions 2 --steps 50 --report some.md
 
 Sections, each of which replaces its part of audit.md:
 
@@ -40,6 +41,8 @@ from auditing.training import Training, training_report
 from finetune_image_classification import audited_trainer
 from transformers.utils import logging
 
+from hf_dpvision.config import without_folders
+
 
 HERE = Path(__file__).parent
 SECTIONS = ("step", "pipeline", "digits", "features", "rounding", "noise")
@@ -53,13 +56,14 @@ def digits(canaries: int) -> Training:
     )  # fmt: skip
 
 
-def features(canaries: int, config: Path) -> Training:
-    """A head on cached features."""
+def features(canaries: int, config: Path, more: Sequence[str]) -> Training:
+    """A head on cached features; `more` is handed to the recipe behind the configuration."""
     named = config.resolve()
     told = named.relative_to(HERE.parent) if named.is_relative_to(HERE.parent) else named.name
     return Training(
         f"One training run of a linear head, {config.stem}", "recipes/linear_probe.py:audited_trainer",
-        linear_probe.audited_trainer, ("--config", str(named)), ("--config", str(told)), canaries,
+        linear_probe.audited_trainer, ("--config", str(named), *more),
+        ("--config", str(told), *map(without_folders, more)), canaries,
         "a linear head by gradient descent on the features of a frozen model, at the largest epsilon of the "
         "configuration; canaries are rows of features.",
     )  # fmt: skip
@@ -69,14 +73,16 @@ def sections(options: argparse.Namespace) -> dict[str, Callable[[], list[str]]]:
     """Name -> what makes the section's lines."""
 
     def of_training(training: Training, picture: str) -> list[str]:
-        return training_report(training, *training.audited(), options.report.with_name(picture))
+        return training_report(training, training.audited(), options.report.with_name(picture))
 
-    name = f"{options.report.stem}_{options.features_config.stem}.png"
+    stem, config = options.report.stem, options.features_config
     return {
         "step": lambda: step_report(list(step_series(options.repetitions, options.steps)), options.repetitions),
         "pipeline": lambda: pipeline_report(list(pipeline_series(options.runs))),
-        "digits": lambda: of_training(digits(options.canaries), f"{options.report.stem}_digits.png"),
-        "features": lambda: of_training(features(options.feature_canaries, options.features_config), name),
+        "digits": lambda: of_training(digits(options.canaries), f"{stem}_digits.png"),
+        "features": lambda: of_training(
+            features(options.feature_canaries, config, options.more), f"{stem}_{config.stem}.png"
+        ),
         "rounding": rounding_report,
         "noise": noise_report,
     }
@@ -98,6 +104,7 @@ def arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--canaries", type=int, default=400, help="in the digits recipe")
     parser.add_argument("--feature_canaries", type=int, default=2000, help="among the features")
     parser.add_argument("--features_config", type=Path, default=HERE / "probing" / "cifar10.yaml")
+    parser.add_argument("more", nargs="*", help="behind --: for linear_probe.py, of `features`")
     parser.add_argument("--report", type=Path, default=Path(__file__).with_suffix(".md"))
     return parser.parse_args(command_line)
 

@@ -19,6 +19,15 @@ CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
+class Audited:
+    """What one run showed: with how many examples beside the canaries, and how long it took."""
+
+    finding: Finding
+    examples: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Training:
     """A recipe that offers its trainer.
 
@@ -40,12 +49,14 @@ class Training:
     canaries: int
     what: str
 
-    def audited(self) -> tuple[Finding, float]:
-        """Insert canaries, train once, and return what was found, and the seconds it took."""
+    def audited(self) -> Audited:
+        """Insert canaries and train once."""
         started = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
-            finding = audit_run(self.make(folder, list(self.arguments)), self.canaries, CONFIDENCE)
-        return finding, time.monotonic() - started
+            trainer = self.make(folder, list(self.arguments))
+            examples = len(trainer.train_dataset)
+            finding = audit_run(trainer, self.canaries, CONFIDENCE)
+        return Audited(finding, examples, time.monotonic() - started)
 
     @property
     def command(self) -> str:
@@ -54,12 +65,13 @@ class Training:
         return shlex.join(["hf-dpvision", "audit", "--canaries", str(self.canaries), self.factory, *given])
 
 
-def training_report(training: Training, finding: Finding, seconds: float, picture: Path | None) -> list[str]:
+def training_report(training: Training, audited: Audited, picture: Path | None) -> list[str]:
     """The section of the report about one training run; draws the picture.
 
     Raises:
         RuntimeError: the claim is contradicted.
     """
+    finding = audited.finding
     if finding.violated:
         raise RuntimeError(f"{training.factory}: the claim is contradicted, or this audit errs: {finding}")
     lines = [
@@ -68,12 +80,12 @@ def training_report(training: Training, finding: Finding, seconds: float, pictur
         f"`{training.command}`: {training.what} Mislabelled examples, each in with probability 1/2, are guessed by "
         "how far their loss fell. Weak by nature: half the noise would hardly show.",
         "",
-        f"| canaries | in | best of the guesses | right | lower bound, {finding.confidence:.0%} | claimed, delta = "
-        f"{finding.delta:g} | verdict | time |",
-        "| ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: |",
-        f"| {finding.canaries:,} | {finding.included:,} | {finding.guesses:,} | {finding.right:,} | "
-        f"{round_down(finding.lower)} | {round_up(finding.claimed)} | no violation detected | "
-        f"{seconds / 60:.1f} min |",
+        f"| examples | canaries | in | best of the guesses | right | lower bound, {finding.confidence:.0%} | claimed, "
+        f"delta = {finding.delta:g} | verdict | time |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: |",
+        f"| {audited.examples:,} | {finding.canaries:,} | {finding.included:,} | {finding.guesses:,} | "
+        f"{finding.right:,} | {round_down(finding.lower)} | {round_up(finding.claimed)} | no violation detected | "
+        f"{audited.seconds / 60:.1f} min |",
         "",
     ]
     if picture is None or find_spec("matplotlib") is None:

@@ -115,19 +115,19 @@ def a_finding(lower: float) -> Finding:
 
 
 def test_one_training_run_is_told_as_no_violation_or_not_at_all(recipe: ModuleType, tmp_path: Path) -> None:
-    from auditing.training import training_report
+    from auditing.training import Audited, training_report
 
     config = SCRIPT.parent / "probing" / "cifar10.yaml"
-    training = recipe.features(2000, config)
-    text = "\n".join(training_report(training, a_finding(0.1239), 60.0, None))
-    assert "| 8 | 4 | 8 | 5 | 0.1239 | 2.0000 | no violation detected | 1.0 min |" in text and "95%" in text
-    told = "recipes/linear_probe.py:audited_trainer -- --config recipes/probing/cifar10.yaml"
+    training = recipe.features(2000, config, ["--features_dir", str(tmp_path), "--seed", "1"])
+    text = "\n".join(training_report(training, Audited(a_finding(0.1239), 90, 60.0), None))
+    assert "| 90 | 8 | 4 | 8 | 5 | 0.1239 | 2.0000 | no violation detected | 1.0 min |" in text and "95%" in text
+    told = "recipes/linear_probe.py:audited_trainer -- --config recipes/probing/cifar10.yaml --features_dir"
     assert f"hf-dpvision audit --canaries 2000 {told}" in text
     with pytest.raises(RuntimeError, match="contradicted"):
-        training_report(training, a_finding(2.5), 60.0, None)
+        training_report(training, Audited(a_finding(2.5), 90, 60.0), None)
     pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra `audit`)")
     picture = tmp_path / "a.png"
-    assert f"]({picture.name})" in "\n".join(training_report(training, a_finding(0.1), 60.0, picture))
+    assert f"]({picture.name})" in "\n".join(training_report(training, Audited(a_finding(0.1), 90, 60.0), picture))
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
