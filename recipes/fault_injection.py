@@ -1,14 +1,19 @@
 """Break the mechanism on purpose, in every way we know of, and see whether the checks notice.
 
     python recipes/fault_injection.py    # every fault, every check, 60 clean repeats; writes fault_injection.md
-    python recipes/fault_injection.py --short --report /dev/stdout
-    python recipes/fault_injection.py --only noise-98 clip-off --repeats 0 --report /dev/stdout
+    python recipes/fault_injection.py --groups units shards
+    python recipes/fault_injection.py --short --report short.md
+    python recipes/fault_injection.py --only noise-98 clip-off --repeats 0 --report some.md
 
 A fault replaces one part of a run of the real `DPTrainer`: a rule, a clipping style, a sampler, a source of noise, the
 keeper of the ledger, a method of the trainer or of its mechanism; where there is no such seam, a function is patched
 inside a `with` block. The check that the table of faults names has to alarm; it sees only what the run releases,
 reads and writes. Then runs without any fault are looked at by all checks, none of which may alarm. Draws and noise
 are the real ones, from the operating system. Exit code 1: a fault was missed, or a clean run alarmed.
+
+Checks and their faults come in groups, by the kind of run that is looked at: single examples in one process, units of
+several examples, streams, and a model in shards over two processes. Each group has a section of the report, which is
+replaced when the group is run. A fault is asked about by the checks of its group.
 
 Faults are listed in faults/faults_*.py, checks in faults/checks_*.py; the last full report is fault_injection.md.
 """
@@ -27,11 +32,11 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from faults.battery import CHECKS
+from faults.battery import CHECKS, GROUPS, Check
 from faults.fault import Fault
 from faults.lab import Lab
 from faults.parts import Parts
-from faults.report import Record, Trial, line, markdown, summary
+from faults.report import Record, Trial, line, summary, write
 from faults.table import FAULTS
 from transformers.utils import logging as transformers_logging
 
@@ -67,35 +72,43 @@ def attempt(fault: Fault, *, every_check: bool) -> Trial:
         finding = CHECKS[fault.check](lab)
         if not every_check:
             return Trial(fault, finding, None)
-        others = (name for name, check in CHECKS.items() if name != fault.check and check(lab).alarm)
+        asked = [check for check in of_group(CHECKS[fault.check].group) if check.name != fault.check]
+        others = (check.name for check in asked if check(lab).alarm)
         return Trial(fault, finding, tuple(others))
 
 
-def clean(record: Record) -> None:
-    """Ask all checks about a run without a fault."""
+def of_group(group: str) -> list[Check]:
+    """The checks of a group."""
+    return [check for check in CHECKS.values() if check.group == group]
+
+
+def clean(record: Record, group: str, number: int) -> None:
+    """Ask all checks of a group about a run without a fault."""
     with tempfile.TemporaryDirectory() as folder:
         lab = Lab(Parts(), Path(folder))
-        for name, check in CHECKS.items():
+        for check in of_group(group):
             finding = check(lab)
             if finding.alarm:
-                record.alarms.setdefault(name, []).append(finding)
-                print(f"FALSE ALARM of {name} in clean repeat {record.repeats + 1}: {finding.value}", flush=True)
-    record.repeats += 1
+                record.alarms.setdefault(check.name, []).append(finding)
+                print(f"FALSE ALARM of {check.name} in clean repeat {number + 1}: {finding.value}", flush=True)
 
 
-def investigate(faults: Sequence[Fault], repeats: int, command: str, *, every_check: bool) -> Record:
-    """Try these faults, then so many clean repeats, and print what is seen."""
-    begun = time.monotonic()
+def investigate(
+    faults: Sequence[Fault], repeats: int, command: str, *, every_check: bool, groups: Sequence[str] = tuple(GROUPS)
+) -> Record:
+    """Try those of the faults that are of these groups, with so many clean repeats of each, and print what is seen."""
     with quiet():
         hardware, versions = environment()
-        record = Record(command, hardware, versions, date.today().isoformat())
-        for fault in faults:
-            record.trials.append(attempt(fault, every_check=every_check))
-            print(line(record.trials[-1]), flush=True)
-        for _ in range(repeats):
-            clean(record)
-    record.seconds = time.monotonic() - begun
-    print(summary(record), flush=True)
+        record = Record(command, hardware, versions, date.today().isoformat(), repeats)
+        for group in groups:
+            begun = time.monotonic()
+            for fault in (each for each in faults if CHECKS[each.check].group == group):
+                record.trials.append(attempt(fault, every_check=every_check))
+                print(line(record.trials[-1]), flush=True)
+            for number in range(repeats):
+                clean(record, group, number)
+            record.seconds[group] = time.monotonic() - begun
+    print(summary(record.trials, sum(map(len, record.alarms.values())), repeats), flush=True)
     return record
 
 
@@ -105,13 +118,17 @@ def main(command_line: Sequence[str] | None = None, faults: Sequence[Fault] = FA
     parser.add_argument("--short", action="store_true", help=f"only the named checks, {SHORT_REPEATS} clean repeats")
     parser.add_argument("--repeats", type=int, help=f"clean repeats, {REPEATS} by default")
     parser.add_argument("--only", nargs="+", metavar="ID", choices=[fault.id for fault in faults], help="these faults")
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, help="all by default")
     parser.add_argument("--report", type=Path, default=Path(__file__).with_suffix(".md"))
     options = parser.parse_args(command_line)
     repeats = options.repeats if options.repeats is not None else SHORT_REPEATS if options.short else REPEATS
     chosen = [fault for fault in faults if options.only is None or fault.id in options.only]
-    command = "python recipes/fault_injection.py" + (" --short" if options.short else "")
-    record = investigate(chosen, repeats, command, every_check=not options.short)
-    options.report.write_text(markdown(record), encoding="utf-8")
+    of_chosen = {CHECKS[fault.check].group for fault in chosen} if options.only else GROUPS
+    groups = options.groups or [group for group in GROUPS if group in of_chosen]
+    told = ["python", "recipes/fault_injection.py", *(["--short"] if options.short else [])]
+    command = " ".join([*told, *(["--groups", *options.groups] if options.groups else [])])
+    record = investigate(chosen, repeats, command, every_check=not options.short, groups=groups)
+    write(options.report, record)
     return record
 
 

@@ -30,10 +30,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
+from datasets import Dataset
 from probing.methods import GradientDescent, LeastSquares, Method, Prototypes, Rows
 from probing.report import Record, Score, table, write
 
-from hf_dpvision import load_model
+from hf_dpvision import DPTrainer, load_model
 from hf_dpvision.backbone import Backbone
 from hf_dpvision.config import parse_arguments, without_folders
 from hf_dpvision.data import (
@@ -114,23 +115,13 @@ def main(command_line: list[str]) -> Record:
     parsed = parse_arguments([ProbeArguments], command_line, path_fields=PATHS, description=__doc__.split("\n\n")[0])
     (args,) = parsed.groups
     methods_known(args)
-    data = load_image_data(
-        source_of(args),
-        Split(
-            held_out_fraction=args.train_val_split,
-            max_train=args.max_train_samples,
-            max_eval=args.max_eval_samples,
-            seed=args.seed,
-        ),
-        label_column=args.label_column_name,
-    )
+    data = images_of(args)
     if data.held_out is None:
         raise DataRefused("there is no held-out part to evaluate on: set train_val_split.")
-    cached = features_of(args, data)
+    cached = features_of(args, data, {"train": data.train, "held-out": data.held_out})
     started = time.monotonic()
     train, held_out = (
-        Rows(part.values, np.array(rows[data.columns.label][:], np.int64), len(data.names))
-        for part, rows in zip(cached, (data.train, data.held_out), strict=True)
+        rows_of(part, rows, data) for part, rows in zip(cached, (data.train, data.held_out), strict=True)
     )
     methods = [method_of(name, train, args) for name in args.methods]
     scores = [score for method in methods for score in scores_of(method, held_out, args)]
@@ -157,6 +148,38 @@ def main(command_line: list[str]) -> Record:
         for part in cached:
             remove(part.place)
     return record
+
+
+def audited_trainer(folder: str, command_line: list[str]) -> DPTrainer:
+    """Return the trainer of one head by gradient descent, not yet trained, for `hf-dpvision audit`.
+
+    Features of the training images are computed now as far as they are not there, and are kept.
+
+    Args:
+        folder: where its ledger goes; nothing else is saved.
+        command_line: as for the recipe; the largest of `epsilons` is the target, and what concerns other methods,
+            held-out images and the report has no effect.
+    """
+    (args,) = parse_arguments([ProbeArguments], command_line, path_fields=PATHS).groups
+    methods_known(args)
+    data = images_of(args)
+    (cached,) = features_of(args, data, {"train": data.train})
+    method = method_of("gd", rows_of(cached, data.train, data), args)
+    return method.trainer(folder, max(args.epsilons))
+
+
+def images_of(args: ProbeArguments) -> ImageData:
+    """Return the images that the arguments name."""
+    split = Split(
+        held_out_fraction=args.train_val_split, max_train=args.max_train_samples, max_eval=args.max_eval_samples,
+        seed=args.seed,
+    )  # fmt: skip
+    return load_image_data(source_of(args), split, label_column=args.label_column_name)
+
+
+def rows_of(cached: CachedFeatures, images: Dataset, data: ImageData) -> Rows:
+    """Return the features of these images with their labels."""
+    return Rows(cached.values, np.array(images[data.columns.label][:], np.int64), len(data.names))
 
 
 def methods_known(args: ProbeArguments) -> None:
@@ -201,8 +224,8 @@ def data_name(args: ProbeArguments) -> str:
     return args.dataset_name if args.train_files is None else Path(args.train_files).resolve().parent.name
 
 
-def features_of(args: ProbeArguments, data: ImageData) -> list[CachedFeatures]:
-    """Return the features of the training and of the held-out images."""
+def features_of(args: ProbeArguments, data: ImageData, parts: dict[str, Dataset]) -> list[CachedFeatures]:
+    """Return the features of each of these parts of the data, named for messages."""
     model = load_model(args.model_name_or_path, id2label=dict(enumerate(data.names)), image_size=args.image_size)
     processor = args.image_processor_name or args.model_name_or_path
     wanted = model_input(model, processor, image_size=args.image_size, crop_pct=args.crop_pct)
@@ -218,7 +241,7 @@ def features_of(args: ProbeArguments, data: ImageData) -> list[CachedFeatures]:
             batch_size=args.feature_batch_size,
             workers=args.workers,
         )
-        for part, rows in (("train", data.train), ("held-out", data.held_out))
+        for part, rows in parts.items()
     ]
 
 

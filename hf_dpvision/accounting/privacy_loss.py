@@ -53,8 +53,19 @@ class TruncatedLoss:
         density = np.exp(-0.5 * (x / sigma) ** 2)
         if self.removing:
             density = (1.0 - q) * density + q * np.exp(-0.5 * ((x - 1.0) / sigma) ** 2)
-        total = float(np.sum(density * self._loss(x) * _WEIGHTS)) * width / 2
+        total = float(np.sum(density * self.at(x) * _WEIGHTS)) * width / 2
         return total / (sigma * np.sqrt(2 * np.pi)) / self._kept
+
+    def at(self, x: np.ndarray) -> np.ndarray:
+        """The loss of the outputs x, of any shape."""
+        q = self.sample_rate
+        exponent = (x - 0.5) / self.noise_multiplier**2
+        if q == 1.0:
+            ratio = exponent
+        else:
+            near = np.log1p(q * np.expm1(np.clip(exponent, -1.0, 1.0)))  # no digits lost near 0
+            ratio = np.where(np.abs(exponent) < 1.0, near, np.logaddexp(np.log1p(-q), np.log(q) + exponent))
+        return ratio if self.removing else -ratio
 
     @cached_property
     def _kept(self) -> float:
@@ -83,13 +94,3 @@ class TruncatedLoss:
             near = np.log1p(np.maximum(np.expm1(np.minimum(t, 30.0)) / q, -1.0))
             far = t - np.log(q) + np.log1p(-(1.0 - q) * np.exp(-np.maximum(t, 30.0)))
         return self.noise_multiplier**2 * np.where(t > 30.0, far, near) + 0.5
-
-    def _loss(self, x: np.ndarray) -> np.ndarray:
-        q = self.sample_rate
-        exponent = (x - 0.5) / self.noise_multiplier**2
-        if q == 1.0:
-            ratio = exponent
-        else:
-            near = np.log1p(q * np.expm1(np.clip(exponent, -1.0, 1.0)))  # no digits lost near 0
-            ratio = np.where(np.abs(exponent) < 1.0, near, np.logaddexp(np.log1p(-q), np.log(q) + exponent))
-        return ratio if self.removing else -ratio

@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..trainer import DPTrainer
 
 _AUDIT_HELP = """\
-Audit a training recipe in one run. Canaries, pictures with wrong labels, go into its training set, each with
+Audit a training recipe in one run. Canaries, examples with wrong labels, go into its training set, each with
 probability 1/2; the recipe is trained once; and an auditor who sees the weights before and after guesses which were
 in. The guesses give a lower bound of epsilon, which is compared with the claim (Steinke, Nasr, Jagielski 2023). The
 trained model is thrown away. Exit code 1 if the bound exceeds the claim.
@@ -33,6 +33,7 @@ those behind --, which come last.
 
 examples:
   hf-dpvision audit recipes/finetune_image_classification.py:audited_trainer
+  hf-dpvision audit recipes/linear_probe.py:audited_trainer -- --config recipes/probing/cifar10.yaml
   hf-dpvision audit --canaries 1000 --plot audit.png my_package.training:make_trainer
   hf-dpvision audit --json recipes/finetune_image_classification.py:audited_trainer -- --target_epsilon 8
   hf-dpvision audit hf_dpvision.recipe:audited_trainer -- --config run.yaml
@@ -40,8 +41,8 @@ examples:
 _WEAK = (
     "Such an audit is weak. One run gives one answer per canary; the canaries hide one another, most of them are "
     "never learnt, and only the weights at the two ends were looked at. Noise of half the size usually passes. It "
-    "finds gross faults, such as noise that is missing. recipes/audit.py tests the mechanism itself, and finds noise "
-    "that is a tenth too small."
+    "finds gross faults, such as noise that is missing. recipes/audit.py tests the mechanism itself, sampling "
+    "included, and finds noise that is a tenth too small."
 )
 _PRIVATE = (
     "This answer is computed from the training data and is not covered by epsilon: whoever may not see the data "
@@ -102,8 +103,20 @@ def _loaded(file: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # where dataclasses look themselves up
-    spec.loader.exec_module(module)
+    with _importable(file.resolve().parent):
+        spec.loader.exec_module(module)
     return module
+
+
+@contextlib.contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """A block in which what lies in the folder can be imported, as by a script that is run from there."""
+    before = list(sys.path)
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path[:] = before
 
 
 def _imported(name: str) -> ModuleType:

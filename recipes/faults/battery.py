@@ -7,9 +7,18 @@ from dataclasses import dataclass
 
 from hf_dpvision.errors import DPVisionError
 
-from . import checks_draws, checks_ledger, checks_noise, checks_sums
+from . import checks_data, checks_draws, checks_ledger, checks_noise, checks_sums
 from .findings import ALPHA, Finding
 from .lab import Lab
+
+
+STEPS, UNITS, STREAMS, SHARDS = "steps", "units", "streams", "shards"
+GROUPS = {
+    STEPS: "Single examples by index, in one process",
+    UNITS: "Units of several examples",
+    STREAMS: "Streams, window by window",
+    SHARDS: "A model in shards over two processes",
+}
 
 
 @dataclass(frozen=True)
@@ -20,11 +29,13 @@ class Check:
         name: by which faults refer to it.
         function: looks at a lab.
         rate: probability of a false alarm.
+        group: the kind of run that it looks at.
     """
 
     name: str
     function: Callable[[Lab], Finding]
     rate: float
+    group: str = STEPS
 
     @property
     def what(self) -> str:
@@ -77,7 +88,19 @@ _DETERMINISTIC = {
     "disk": checks_ledger.left_on_disk,
     "logs": checks_ledger.nothing_private_returned,
 }
+_OF_DATA = (
+    Check("unit-rate", checks_data.unit_rate, ALPHA, UNITS),
+    Check("unit-rows", checks_data.unit_rows, 0.0, UNITS),
+    Check("unit-sum", checks_data.unit_sum, 0.0, UNITS),
+    Check("unit-sensitivity", checks_data.unit_sensitivity, 0.0, UNITS),
+    Check("stream-rate", checks_data.stream_rate, ALPHA, STREAMS),
+    Check("stream-across-steps", checks_data.stream_across_steps, ALPHA, STREAMS),
+    Check("stream-sum", checks_data.stream_sum, 0.0, STREAMS),
+    Check("shard-noise", checks_data.shard_noise, ALPHA, SHARDS),
+    Check("shard-sum", checks_data.shard_sum, 0.0, SHARDS),
+)
 CHECKS = {
     **{name: Check(name, function, ALPHA) for name, function in _STATISTICAL.items()},
     **{name: Check(name, function, 0.0) for name, function in _DETERMINISTIC.items()},
+    **{check.name: check for check in _OF_DATA},
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from scipy import stats
 
-from .findings import ALPHA, Finding, binomial_p, by_p, equal, variance_p
+from .findings import ALPHA, Finding, binomial_p, by_p, equal, pairs_p, variance_p
 from .lab import DRAWN_BATCH, DRAWN_SIZE, PLAIN, PLAIN_SIZE, RANKS, Lab
 
 
@@ -37,16 +37,7 @@ def across_steps(lab: Lab) -> Finding:
     """Taking part in a step says nothing of taking part in another one, for several distances."""
     found = lab.inclusions
     pairs = ((found[:-lag] & found[lag:], (len(found) - lag) * DRAWN_SIZE) for lag in LAGS)
-    return by_p(_sum_p(int(both.sum()), trials) for both, trials in pairs)
-
-
-def _sum_p(both: int, trials: int) -> float:
-    """p-value of a sum of m products of two coins of one example, normal in the limit.
-
-    Products that share a coin are correlated, so that the variance is `m q^2 (1 - q^2) + 2 m (q^3 - q^4)`.
-    """
-    variance = trials * (RATE**2 * (1 - RATE**2) + 2 * (RATE**3 - RATE**4))
-    return 2 * float(stats.norm.sf(abs(both - trials * RATE**2) / variance**0.5))
+    return by_p(pairs_p(int(both.sum()), trials, RATE) for both, trials in pairs)
 
 
 def across_examples(lab: Lab) -> Finding:

@@ -61,6 +61,15 @@ def binomial_p(successes: np.ndarray | int, trials: int, probability: float) -> 
     )
 
 
+def pairs_p(both: int, trials: int, rate: float) -> float:
+    """p-value of a sum of m products of two coins of one example, normal in the limit.
+
+    Products that share a coin are correlated, so that the variance is `m q^2 (1 - q^2) + 2 m (q^3 - q^4)`.
+    """
+    variance = trials * (rate**2 * (1 - rate**2) + 2 * (rate**3 - rate**4))
+    return 2 * float(stats.norm.sf(abs(both - trials * rate**2) / variance**0.5))
+
+
 def angle_p(rows: Tensor, others: Tensor | None = None) -> float:
     """p-value of the largest |cosine| between rows, or between rows of two matrices, corrected for the pairs.
 

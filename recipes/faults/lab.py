@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -17,14 +16,16 @@ from torch import Tensor
 import hf_dpvision.layouts
 from hf_dpvision.mechanism import Mechanism
 
-from .models import Pictures, Wide, everything
+from .bench import BOUND, NOISELESS
+from .models import Pictures, Wide
 from .oracle import Oracle
-from .parts import Parts
-from .runs import Seen, StopHere, run
+from .runs import Seen, StopHere
+from .shards import ShardBench
+from .streams import StreamBench
+from .units import UnitBench
 
 
-NOISELESS = 1e-7  # a noise multiplier whose noise is far below the tolerances
-BOUND, SUM_STEPS = 1.0, 10  # C lies among the norms of the examples
+SUM_STEPS = 10
 SUMS = {"noise_multiplier": NOISELESS, "per_device_train_batch_size": 5, "per_sample_max_grad_norm": BOUND}
 WAYS = {
     "ghost": {"norm_rule": "ghost", "backward_passes": 1},
@@ -63,20 +64,8 @@ class _OneProcess:
         return dict(sums)
 
 
-class Lab:
-    """Everything that can be seen of a trainer made of these parts.
-
-    Args:
-        parts: honest, or with one fault.
-        folder: for the outputs of the runs.
-    """
-
-    def __init__(self, parts: Parts, folder: Path) -> None:
-        self.parts, self.folder = parts, folder
-
-    def _run(self, name: str, dataset: Pictures, **settings: Any) -> Seen:
-        model = settings.pop("model", None) or everything()
-        return run(self.parts, self.folder / name, dataset, model, **settings)
+class Lab(UnitBench, StreamBench, ShardBench):
+    """Everything that can be seen of a trainer made of these parts."""
 
     # Nothing but noise
 

@@ -67,10 +67,18 @@ class WithBatchStatistics(nn.Module):
         return self.model(self.norm(pixel_values))
 
 
+def wide() -> Wide:
+    """The same weights at every call."""
+    return _drawn(Wide())
+
+
 def everything() -> Everything:
     """The same weights at every call, none at its initial value."""
+    return _drawn(Everything())
+
+
+def _drawn(model: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(5)
-    model = Everything()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             offset = 1.0 if name.endswith("norm.weight") else 0.0
@@ -107,6 +115,11 @@ class Pictures(Dataset):
             self.pixels[-1], self.labels[-1] = self.pixels[0], self.labels[0]
         for row, value in self.poison.items():
             self.pixels[row, 0, 0, 0] = value
+
+    @property
+    def given(self) -> Pictures:
+        """What the trainer gets."""
+        return self
 
     def __len__(self) -> int:
         return self.size

@@ -20,6 +20,7 @@ from hf_dpvision.errors import BudgetExceeded, DPVisionError
 from hf_dpvision.mechanism import Randomness
 from hf_dpvision.noise import NoiseSource
 
+from .data import Passing, Visits
 from .models import Pictures
 from .parts import Parts
 
@@ -129,14 +130,20 @@ class WatchedRandomness:
 class Watcher(TrainerCallback):
     """Notes what every optimizer step is about to use, and may end the run."""
 
-    def __init__(self, dataset: Pictures, stop_at: int | None, at_begin: Callable[[Any], None] | None) -> None:
-        self.dataset, self.stop_at, self.at_begin = dataset, stop_at, at_begin
+    def __init__(
+        self,
+        read: list[int],
+        stop_at: int | None,
+        at_begin: Callable[[Any], None] | None,
+        after_step: Callable[[int], None] | None,
+    ) -> None:
+        self.read, self.stop_at, self.at_begin, self.after_step = read, stop_at, at_begin, after_step
         self.draws: list[int] = []
         self.seen: Seen | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Forget what rehearsals read."""
-        self.dataset.read.clear()
+        self.read.clear()
         if self.at_begin is not None:
             self.at_begin(kwargs["train_dataloader"])
 
@@ -145,12 +152,14 @@ class Watcher(TrainerCallback):
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in model.parameters()]
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         self.seen.released.append(flat * args.logical_batch_size)
-        self.seen.read.append(list(self.dataset.read))
+        self.seen.read.append(list(self.read))
         self.seen.draws_at_releases.append(len(self.seen.charged_at_draws))
-        self.dataset.read.clear()
+        self.read.clear()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Crash where told."""
+        if self.after_step is not None:
+            self.after_step(state.global_step)
         if state.global_step == self.stop_at:
             raise StopHere
 
@@ -174,12 +183,13 @@ class Watcher(TrainerCallback):
 def run(
     parts: Parts,
     folder: Path,
-    dataset: Pictures,
+    dataset: Pictures | Visits | Passing,
     model: nn.Module,
     *,
     without_gradients: bool = False,
     stop_at: int | None = None,
     at_begin: Callable[[Any], None] | None = None,
+    after_step: Callable[[int], None] | None = None,
     resume: bool = False,
     **settings: Any,
 ) -> Seen:
@@ -193,6 +203,7 @@ def run(
         without_gradients: multiply the losses by 0, so that nothing but noise is released.
         stop_at: crash behind this step.
         at_begin: called with the trainer's loader before the first step.
+        after_step: called with the number of steps taken.
         resume: from the last checkpoint in `folder`.
         settings: training arguments.
     """
@@ -204,10 +215,10 @@ def run(
     def note() -> None:
         seen.charged_at_draws.append((folder / FOLDER / FILE).read_bytes().count(b'"kind": "step"'))
 
-    watcher = Watcher(dataset, stop_at, at_begin)
+    watcher = Watcher(dataset.read, stop_at, at_begin, after_step)
     with parts.in_place():
         trainer = parts.trainer(
-            parts.model(model), parts.arguments(folder, **settings), train_dataset=dataset, callbacks=[watcher],
+            parts.model(model), parts.arguments(folder, **settings), train_dataset=dataset.given, callbacks=[watcher],
             compute_loss_func=losses, randomness=WatchedRandomness(parts.randomness(), note),
         )  # fmt: skip
         named = list(trainer.model.named_parameters())

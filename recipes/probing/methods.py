@@ -157,14 +157,18 @@ class GradientDescent:
     name = "gradient descent"
 
     def fit(self, epsilon: float | None) -> Fitted:
-        probe = LinearProbe(self.train.features.shape[1], self.train.num_classes)
-        examples = FeatureExamples(self.train.features, self.train.labels)
         with tempfile.TemporaryDirectory() as folder:
-            trainer = DPTrainer(probe, self._arguments(folder, epsilon), train_dataset=examples)
+            trainer = self.trainer(folder, epsilon)
             trainer.train()
             bounds = trainer.epsilon()
             events = [] if epsilon is None else trainer.privacy_statement()["events"]
-        return Fitted(probe.weight.detach().cpu(), bounds, events)
+        return Fitted(trainer.model.weight.detach().cpu(), bounds, events)
+
+    def trainer(self, folder: str, epsilon: float | None) -> DPTrainer:
+        """Return the trainer of a fit, whose ledger goes into this folder."""
+        probe = LinearProbe(self.train.features.shape[1], self.train.num_classes)
+        examples = FeatureExamples(self.train.features, self.train.labels)
+        return DPTrainer(probe, self._arguments(folder, epsilon), train_dataset=examples)
 
     def _arguments(self, folder: str, epsilon: float | None) -> DPTrainingArguments:
         private = epsilon is not None

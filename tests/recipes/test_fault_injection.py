@@ -31,10 +31,17 @@ def test_every_fault_is_caught_and_clean_runs_are_quiet(injection: ModuleType, t
     # draws and noise are the real ones: a false alarm has probability 1e-6 for each statistical check and repeat
     record = injection.main(["--short", "--report", str(tmp_path / "report.md")])
     assert not record.missed and not record.alarms and not record.failed
-    assert len(record.trials) >= 40 and record.repeats == injection.SHORT_REPEATS
+    assert len(record.trials) >= 100 and record.repeats == injection.SHORT_REPEATS
     report = (tmp_path / "report.md").read_text()
     assert all(f"| `{trial.fault.id}` |" in report for trial in record.trials)
-    assert f"{len(record.trials)} of {len(record.trials)} faults caught, 0 alarms" in report
+    for group in injection.GROUPS:
+        count = len(record.of_group(group)[0])
+        assert count >= 5 and f"**{count} of {count} faults caught, 0 alarms" in section(report, group)
+
+
+def section(report: str, group: str) -> str:
+    """What a report says of a group."""
+    return report.split(f"<!-- {group}: ")[1].split(f"<!-- end of {group} -->")[0]
 
 
 def harmless(injection: ModuleType, check: str) -> object:
@@ -56,6 +63,15 @@ def test_an_alarm_in_a_clean_run_fails_the_run(injection: ModuleType, monkeypatc
     monkeypatch.setattr(injection, "CHECKS", {"logs": alarming})
     record = injection.investigate([], 2, "", every_check=False)
     assert record.repeats == 2 and len(record.alarms["logs"]) == 2 and record.failed
+
+
+def test_a_group_that_is_run_replaces_its_own_section_alone(injection: ModuleType, tmp_path: Path) -> None:
+    report = tmp_path / "report.md"
+    for group in ("units", "streams", "units"):
+        injection.main(["--groups", group, "--repeats", "0", "--short", "--report", str(report)], [])
+    text = report.read_text()
+    assert text.startswith("# Fault injection") and text.count("## ") == 2
+    assert text.index("## Units") < text.index("## Streams") and "--groups units`" in section(text, "units")
 
 
 def test_a_run_that_the_package_refuses_is_an_alarm_that_says_so(injection: ModuleType, tmp_path: Path) -> None:
@@ -92,5 +108,7 @@ def test_the_committed_report_is_of_the_faults_and_checks_that_there_are(injecti
     report = SCRIPT.with_suffix(".md").read_text()
     for name in [*(fault.id for fault in injection.FAULTS), *injection.CHECKS]:
         assert f"| `{name}` |" in report, f"{name} is not in fault_injection.md: run the full script again"
-    total = len(injection.FAULTS)
-    assert f"**{total} of {total} faults caught, 0 alarms in {injection.REPEATS} clean repeats.**" in report
+    for group in injection.GROUPS:
+        total = sum(injection.CHECKS[fault.check].group == group for fault in injection.FAULTS)
+        told = f"**{total} of {total} faults caught, 0 alarms in {injection.REPEATS} clean repeats.**"
+        assert told in section(report, group)

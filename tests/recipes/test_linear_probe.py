@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import re
 import sys
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from hf_dpvision import cli
 from hf_dpvision.config import parse_arguments
 from hf_dpvision.errors import ArgumentRefused
 
@@ -76,6 +78,16 @@ def test_a_second_run_uses_the_features_replaces_its_section_and_deletes_them_as
     assert text.count("## linear_probe") == 1 and "least squares" not in text
     assert text.count("# A linear head") == 1
     assert list((folder / "features").iterdir()) == []
+
+
+def test_gradient_descent_on_cached_features_is_audited_by_the_command(run, capsys):
+    _, folder = run
+    before = list(sys.path)
+    options = [*command(folder, "--epsilons", "2", "8", "--gd_batch_size", "30")]
+    asked = ["audit", "--canaries", "20", "--confidence", "0.999", "--json", f"{SCRIPT}:audited_trainer", "--"]
+    assert cli.main([*asked, *options]) == 0 and sys.path == before
+    found = json.loads(capsys.readouterr().out)
+    assert found["canaries"] == 20 and 7.5 < found["claimed"] <= 8 and found["lower"] < found["claimed"]
 
 
 def test_broken_held_out_rows_count_as_not_found(recipe):
