@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,14 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .clipping import Flat
-from .dpsgd import Batch, PerExampleLoss, add_clipped_gradient_to_shards, batch_size, clipped_gradient
+from .dpsgd import (
+    Batch,
+    ClippedGradient,
+    PerExampleLoss,
+    add_clipped_gradient_to_shards,
+    batch_size,
+    clipped_gradient,
+)
 from .errors import MixingRefused, ModelRefused
 from .rules.cost import NormRule
 from .sharding import gathered_gradients
@@ -63,6 +71,86 @@ class _Deterministic(TorchFunctionMode):
         return result
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Clipped gradients and the loop over single examples that they have to equal.
+
+    Attributes:
+        ours: what `clipped_gradient` gave.
+        norms: `[n]`, of the loop, in float64.
+        gradients: the loop's clipped sum by parameter, in float64.
+        changed: buffers that a forward pass has changed.
+    """
+
+    ours: ClippedGradient
+    norms: Tensor
+    gradients: dict[str, Tensor]
+    changed: list[str]
+
+    @property
+    def error(self) -> float:
+        """The largest relative error, of any norm and of the clipped sum as a whole; NaN where one is not finite."""
+        scale = self.norms.max().clamp(min=1e-30)
+        of_norms = (self.ours.norms.double() - self.norms).abs().max() / scale
+        length = sum(grad.square().sum() for grad in self.gradients.values()).sqrt().clamp(min=1e-30)
+        of_sum = sum(error.square() for error in self._errors().values()).sqrt() / length
+        return float(torch.stack([of_norms, of_sum]).max())
+
+    @property
+    def worst(self) -> list[str]:
+        """Parameters in the order of their errors, largest first."""
+        errors = self._errors()
+        return sorted(errors, key=lambda name: float(errors[name]), reverse=True)
+
+    def own_error(self, least: float = 1e-6) -> float:
+        """The largest error of one parameter's sum relative to its own length.
+
+        It finds an error in a parameter that is small next to the others; those shorter than `least` times the whole
+        are left out, for rounding alone may be as large.
+        """
+        lengths = {name: grad.norm() for name, grad in self.gradients.items()}
+        whole = torch.stack(list(lengths.values())).norm()
+        errors = self._errors()
+        return max(float(errors[name] / lengths[name]) for name in errors if lengths[name] >= least * whole)
+
+    def _errors(self) -> dict[str, Tensor]:
+        return {name: (self.ours.gradients[name].double() - grad).norm() for name, grad in self.gradients.items()}
+
+
+def compare_with_loop(
+    model: nn.Module,
+    per_example_loss: PerExampleLoss,
+    batch: Batch,
+    *,
+    norm_rule: NormRule | str = NormRule.AUTO,
+    backward_passes: int = 1,
+    rows: int = 1,
+) -> Comparison:
+    """Clipped gradients beside a loop over single examples, on a copy of the model; arguments as for `self_check`.
+
+    The copy's trainable parameters are perturbed, so that layers initialised to zero are checked too; random
+    draws of the forward pass are made constant, so that both sides see the same function.
+
+    Raises:
+        ModelRefused: there are fewer than two examples.
+        MixingRefused, CaptureError: as `clipped_gradient`.
+    """
+    n = batch_size(batch, rows)
+    if n < 2:
+        raise ModelRefused(f"self_check needs at least two random examples to see mixing, got {n}.")
+    copied = _perturbed_copy(model)
+    buffers = {name: buffer.clone() for name, buffer in copied.named_buffers()}
+    with _Deterministic():
+        norms, total, clip_norm = _loop(copied, per_example_loss, batch, n, rows)
+        ours = clipped_gradient(
+            copied, per_example_loss, batch,
+            clipping=Flat(clip_norm), norm_rule=norm_rule, backward_passes=backward_passes,
+            rows=rows,
+        )  # fmt: skip
+    changed = [name for name, buffer in copied.named_buffers() if not torch.equal(buffer, buffers[name])]
+    return Comparison(ours, norms, total, changed)
+
+
 def self_check(
     model: nn.Module,
     per_example_loss: PerExampleLoss,
@@ -73,10 +161,7 @@ def self_check(
     rows: int = 1,
     tolerance: float = 1e-3,
 ) -> float:
-    """Compare clipped gradients with a loop over single examples, on a copy of the model.
-
-    The copy's trainable parameters are perturbed, so that layers initialised to zero are checked too; random
-    draws of the forward pass are made constant, so that both sides see the same function.
+    """Refuse a model whose clipped gradients differ from a loop over single examples; see `compare_with_loop`.
 
     Args:
         model: checked as it is (training or evaluation mode), never written to.
@@ -97,32 +182,24 @@ def self_check(
         MixingRefused: an example's gradient depends on the other examples.
         CaptureError: a trainable parameter escapes the interception.
     """
-    n = batch_size(batch, rows)
-    if n < 2:
-        raise ModelRefused(f"self_check needs at least two random examples to see mixing, got {n}.")
-    copied = _perturbed_copy(model)
-    buffers = {name: buffer.clone() for name, buffer in copied.named_buffers()}
-    with _Deterministic():
-        norms, total, clip_norm = _loop(copied, per_example_loss, batch, n, rows)
-        ours = clipped_gradient(
-            copied, per_example_loss, batch,
-            clipping=Flat(clip_norm), norm_rule=norm_rule, backward_passes=backward_passes,
-            rows=rows,
-        )  # fmt: skip
-    changed = [name for name, buffer in copied.named_buffers() if not torch.equal(buffer, buffers[name])]
-    if changed:
+    found = compare_with_loop(
+        model, per_example_loss, batch, norm_rule=norm_rule, backward_passes=backward_passes, rows=rows
+    )
+    if found.changed:
         raise ModelRefused(
-            f"a forward pass of {type(model).__name__} in training mode changes buffer(s) {changed[:8]}: they would "
-            "be computed from private images and released without noise. Put those modules in eval mode, or load the "
-            "model with replace_batchnorm='freeze' or 'group'."
+            f"a forward pass of {type(model).__name__} in training mode changes buffer(s) {found.changed[:8]}: they "
+            "would be computed from private images and released without noise. Put those modules in eval mode, or "
+            "load the model with replace_batchnorm='freeze' or 'group'."
         )
-    errors = [(ours.norms.double() - norms).abs().max() / norms.max().clamp(min=1e-30)]
-    difference = sum((ours.gradients[name].double() - grad).square().sum() for name, grad in total.items()).sqrt()
-    errors.append(difference / sum(grad.square().sum() for grad in total.values()).sqrt().clamp(min=1e-30))
-    error = max(float(e) for e in errors)
-    if not error <= tolerance:
-        _refuse(model, ours.gradients, total, error, tolerance)
-    return error
+    if not found.error <= tolerance:
+        raise MixingRefused(
+            f"{type(model).__name__}: clipped gradients differ from a loop over single examples by {found.error:.1e} "
+            f"(at most {tolerance:.0e} is allowed), most of all for {found.worst[:4]}. Either an operation lets "
+            "examples influence one another, or the examples are not kept one after another in dimension 0; then "
+            "clipping bounds nothing. Remove that operation, or freeze the parameters it reaches with "
+            "requires_grad_(False)."
+        )
+    return found.error
 
 
 @contextmanager
@@ -173,19 +250,6 @@ def checked_sharding(
             f"{type(model).__name__}: spread over {processes} processes its clipped gradients differ by {error:.1e} "
             f"from before (at most {tolerance:.0e} is allowed), most of all for {worst}. {_LARGER}"
         )
-
-
-def _refuse(
-    model: nn.Module, ours: dict[str, Tensor], total: dict[str, Tensor], error: float, tolerance: float
-) -> NoReturn:
-    scale = sum(grad.square().sum() for grad in total.values()).sqrt()
-    worst = sorted(total, key=lambda name: float((ours[name].double() - total[name]).norm() / scale), reverse=True)
-    raise MixingRefused(
-        f"{type(model).__name__}: clipped gradients differ from a loop over single examples by {error:.1e} (at most "
-        f"{tolerance:.0e} is allowed), most of all for {worst[:4]}. Either an operation lets examples influence one "
-        "another, or the examples are not kept one after another in dimension 0; then clipping bounds nothing. "
-        "Remove that operation, or freeze the parameters it reaches with requires_grad_(False)."
-    )
 
 
 def _perturbed_copy(model: nn.Module) -> nn.Module:
