@@ -12,8 +12,8 @@ examples. One is *refused* with the reason if training would refuse it; then it 
 influence one another. One architecture of each module that has BatchNorm is checked with GroupNorm instead as well.
 
 Architectures whose small forms are built from the same class with the same arguments are the same model and checked
-once. A child process runs them, with limits of time and memory, and is replaced when it ends; an architecture that was
-answered before is skipped. A result is kept with the versions of the libraries it was made with.
+once. A child process runs them, on one thread, with limits of time and memory, and is replaced when it ends; an
+architecture that was answered before is skipped. A result counts for the versions of the libraries it was made with.
 """
 
 from __future__ import annotations
@@ -25,27 +25,21 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from architectures import from_timm
-from architectures.check import NUM_CLASSES, Result, all_names, check, family
+from architectures.check import GROUP_NORM, NUM_CLASSES, Result, all_names, check, family
 from architectures.reduction import Reduction
-from architectures.report import GROUP_NORM, versions, write
-from architectures.supervise import Limits, checked, serve
+from architectures.report import versions, write
+from architectures.supervise import Limits, checked
 
 
 HERE = Path(__file__).parent
 
 
-
 def main(argv: Sequence[str] | None = None) -> list[Result]:
     """Check what is wanted and not yet answered, and write the reports."""
     args = _arguments(argv)
-    if args.child:
-        torch.set_num_threads(1)
-        serve(_answer)
-        return []
     if not args.report_only:
         wanted = list(queue(args.names or all_names(), *args.shard))
         _run(wanted, args.results, Limits(args.seconds, int(args.gibibytes * 2**30)), args.again)
@@ -79,6 +73,7 @@ def stored(path: Path) -> Iterator[Result]:
 
 
 def _run(names: list[str], path: Path, limits: Limits, again: bool) -> None:
+    torch.set_num_threads(1)
     done = {} if again else {result.name: result for result in stored(path)}
     twins = Twins()
     for result in done.values():
@@ -86,9 +81,7 @@ def _run(names: list[str], path: Path, limits: Limits, again: bool) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     with path.open("a") as file:
-        for answer in checked(_requests(names, done, twins), str(HERE / "zoo.py"), limits):
-            base = answer["name"].removesuffix(GROUP_NORM)
-            result = Result(**{"family": family(base), "generic": (), **answer})
+        for result in checked(_wanted(names, done, twins), _answer, limits):
             done[result.name] = result
             twins.learn(result)
             file.write(json.dumps({**asdict(result), "versions": versions()}) + "\n")
@@ -106,7 +99,8 @@ class Twins:
 
     def learn(self, result: Result) -> None:
         """Remember the model that was checked."""
-        if result.reduction and result.family != "transformers" and not result.same_as:
+        timm = result.family != "transformers" and not result.name.endswith(GROUP_NORM)
+        if result.reduction and timm and not result.same_as:
             self._found.setdefault(self._first(result.name), result)
 
     def of(self, name: str) -> Result | None:
@@ -129,17 +123,16 @@ class Twins:
         return name
 
 
-def _requests(names: list[str], done: dict[str, Result], twins: Twins) -> Iterator[dict[str, Any]]:
-    """Each architecture, then the first of each family with BatchNorm with GroupNorm; answered where it is known."""
+def _wanted(names: list[str], done: dict[str, Result], twins: Twins) -> Iterator[str | Result]:
+    """Each architecture, then the first of each family with BatchNorm with GroupNorm; its result where it is known."""
     for name in names:
         if name not in done:
-            twin = twins.of(name)
-            yield {"name": name} if twin is None else asdict(twin)
-    grouped = {family(name.removesuffix(GROUP_NORM)) for name in done if name.endswith(GROUP_NORM)}
+            yield twins.of(name) or name
+    grouped = {family(name) for name in done if name.endswith(GROUP_NORM)}
     for name in names:
         if done[name].batchnorm and done[name].family not in grouped:
             grouped.add(done[name].family)
-            yield {"name": name + GROUP_NORM}
+            yield name + GROUP_NORM
 
 
 def _answer(name: str) -> Result:
@@ -165,7 +158,6 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--again", action="store_true", help="also what has been answered")
     parser.add_argument("--report-only", action="store_true", help="check nothing, write the reports")
     parser.add_argument("--no-report", action="store_true", help="write no reports")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 

@@ -31,6 +31,7 @@ NUM_CLASSES = 5
 TOLERANCE, OWN_TOLERANCE = 1e-9, 1e-6
 # Larger than this the loop over single examples in float64 takes too long here.
 MOST_PARAMETERS = 100_000_000
+GROUP_NORM = " with GroupNorm"  # behind the name of an architecture that is checked in that way too
 REFUSALS = (ModelRefused, MixingRefused, CaptureError, DataRefused, RefusedError)
 
 
@@ -89,6 +90,8 @@ def source(name: str) -> ModuleType:
 
 
 def family(name: str) -> str:
+    """The module of timm that an architecture comes from, or `transformers`."""
+    name = name.removesuffix(GROUP_NORM)
     return "transformers" if name.startswith(from_transformers.PREFIX) else from_timm.family(name)
 
 

@@ -11,12 +11,11 @@ from typing import Any
 
 from hf_dpvision.results import split_at_markers
 
-from .check import NUM_CLASSES, Result, family
+from .check import GROUP_NORM, NUM_CLASSES, Result, family
 
 
 BEGIN, END = "<!-- supported models: written by recipes/zoo.py, do not edit -->", "<!-- end of supported models -->"
 STATUSES = ("exact", "refused", "wrong", "error", "too large", "unavailable", "not run")
-GROUP_NORM = " with GroupNorm"
 
 
 def versions() -> dict[str, str]:

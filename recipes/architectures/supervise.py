@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import selectors
-import subprocess
-import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 
 import psutil
 
+from .check import Result, family
+
 
 # A child is replaced after so many architectures, since what a library caches is never given back.
-LIFETIME = 60
-SECONDS_BETWEEN_LOOKS = 0.2
+LIFETIME = 100
+SECONDS_BETWEEN_LOOKS = 0.5
+# Forked, so that a new child need not import the libraries again; nothing here uses threads or a device.
+FORKED = multiprocessing.get_context("fork")
 
 
 @dataclass(frozen=True)
@@ -34,40 +34,38 @@ class Limits:
 
 
 class Child:
-    """A process that reads one JSON line per architecture and answers with one."""
+    """A process that answers one architecture after another."""
 
-    def __init__(self, command: list[str]) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
-        )
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._process.stdout, selectors.EVENT_READ)
+    def __init__(self, check: Callable[[str], Result]) -> None:
+        self._connection, other = FORKED.Pipe()
+        self._process = FORKED.Process(target=_serve, args=(other, check), daemon=True)
+        self._process.start()
+        other.close()
         self.served = 0
 
-    def ask(self, request: dict[str, Any], limits: Limits) -> dict[str, Any] | str:
+    def ask(self, name: str, limits: Limits) -> Result | str:
         """The answer, or why there is none; after the latter the child is gone."""
         self.served += 1
-        self._process.stdin.write(json.dumps(request).encode() + b"\n")
-        self._process.stdin.flush()
+        self._connection.send(name)
         before, _ = self._spent()
-        while not self._selector.select(SECONDS_BETWEEN_LOOKS):
+        while not self._connection.poll(SECONDS_BETWEEN_LOOKS):
             seconds, used = self._spent()
             if seconds - before > limits.seconds:
                 return self._gone(f"takes more than {limits.seconds:.0f} s of processor time")
             if used > limits.bytes:
                 return self._gone(f"needs more than {limits.bytes / 2**30:.0f} GiB")
-        line = self._process.stdout.readline()
-        return json.loads(line) if line else self._gone("the process ended")
+        try:
+            return self._connection.recv()
+        except EOFError:
+            return self._gone("the process ended")
 
     def close(self) -> None:
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        self._process.wait()
+        self._connection.close()
+        self._process.join()
 
     def _gone(self, why: str) -> str:
         self._process.kill()
-        self._process.wait()
+        self._process.join()
         return why
 
     def _spent(self) -> tuple[float, int]:
@@ -79,24 +77,26 @@ class Child:
         return 0.0, 0
 
 
-def checked(requests: Iterable[dict[str, Any]], script: str, limits: Limits) -> Iterator[dict[str, Any]]:
-    """The answer to each request; one that was stopped or crashed is answered with its name and a reason.
+def checked(
+    wanted: Iterable[str | Result], check: Callable[[str], Result], limits: Limits
+) -> Iterator[Result]:
+    """The result of each; one whose process was stopped or crashed is "too large", with a reason.
 
     Args:
-        requests: each with a `name`; one with a `status` is an answer already.
-        script: run with `--child`.
-        limits: of one request.
+        wanted: names, and results that are known already and passed on.
+        check: run in the child.
+        limits: of one architecture.
     """
     child = None
-    for request in requests:
-        if "status" in request:
-            yield request
+    for name in wanted:
+        if isinstance(name, Result):
+            yield name
             continue
-        child = child or Child([sys.executable, script, "--child"])
-        answer = child.ask(request, limits)
+        child = child or Child(check)
+        answer = child.ask(name, limits)
         if isinstance(answer, str):
             child = None
-            answer = {"name": request["name"], "status": "too large", "reason": answer}
+            answer = Result(name, family(name), "too large", answer)
         yield answer
         if child is not None and child.served >= LIFETIME:
             child.close()
@@ -105,10 +105,7 @@ def checked(requests: Iterable[dict[str, Any]], script: str, limits: Limits) -> 
         child.close()
 
 
-def serve(check: Any) -> None:
-    """Answer requests from standard input until it ends; whatever else is printed goes to standard error."""
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    for line in sys.stdin:
-        answers.write(json.dumps(asdict(check(**json.loads(line)))) + "\n")
-        answers.flush()
+def _serve(connection: Connection, check: Callable[[str], Result]) -> None:
+    with contextlib.suppress(EOFError):  # the other side closes when nothing is left
+        while True:
+            connection.send(check(connection.recv()))
