@@ -1,12 +1,12 @@
 """Every architecture of timm and every image classifier of transformers: are its clipped gradients exact?
 
-    python recipes/zoo.py                           # what is not yet in outputs/zoo.jsonl; then writes the reports
+    python recipes/zoo.py                           # what zoo.json and outputs/zoo.jsonl lack; then writes the reports
     python recipes/zoo.py --shard 2/4               # the second of four parts; results are appended, also by others
     python recipes/zoo.py --names resnet50 xcit_nano_12_p8_224 --results /tmp/zoo.jsonl --no-report
     python recipes/zoo.py --report-only             # zoo.json, zoo.md and the README's section from the results
 
 Each architecture is created in a small form (fewer blocks and narrower layers where its arguments allow, the smallest
-image that it takes) with random weights, none of them zero, every parameter trainable, BatchNorm frozen. On three
+image that it takes) with random weights, none of them zero, every parameter trainable, BatchNorm frozen. On two
 random inputs in float64 the clipped gradients and norms of one backward pass are compared with a loop over single
 examples. One is *refused* with the reason if training would refuse it; then it is measured whether its examples do
 influence one another. One architecture of each module that has BatchNorm is checked with GroupNorm instead as well.
@@ -25,6 +25,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from architectures import from_timm
@@ -61,15 +62,25 @@ def queue(names: Iterable[str], shard: int = 1, shards: int = 1) -> Iterator[str
 
 
 def stored(path: Path) -> Iterator[Result]:
-    """The last result of each architecture that was made with the installed versions, in order of names."""
+    """The results made with the installed versions, by name: those committed, and newer ones in `path`."""
     known = {field.name for field in fields(Result)}
-    found = {}
+    found = committed()
     for line in path.read_text().splitlines() if path.exists() else ():
         entry = json.loads(line)
         if entry["versions"] == versions():
-            found[entry["name"]] = {key: value for key, value in entry.items() if key in known}
+            found[entry["name"]] = entry
     for name in sorted(found):
-        yield Result(**found[name] | {"generic": tuple(found[name]["generic"])})
+        content = {key: value for key, value in found[name].items() if key in known}
+        yield Result(**content | {"name": name, "generic": tuple(content.get("generic", ()))})
+
+
+def committed() -> dict[str, dict[str, Any]]:
+    """What `zoo.json` says by name, without what was not run; nothing where it was made with other versions."""
+    path = HERE / "zoo.json"
+    content = json.loads(path.read_text()) if path.exists() else {"versions": None}
+    if content["versions"] != versions():
+        return {}
+    return {name: entry for name, entry in content["architectures"].items() if entry["status"] != "not run"}
 
 
 def _run(names: list[str], path: Path, limits: Limits, again: bool) -> None:

@@ -35,11 +35,10 @@ WIDTHS = frozenset(
 # Random dropping, which a comparison has to leave out, and initial values, which are perturbed.
 DROPPED = frozenset("drop_path_rate drop_rate attn_drop_rate proj_drop_rate pos_drop_rate patch_drop_rate".split())
 INITIAL = frozenset("init_values ls_init_value layer_scale_init_value layerscale_value layer_scale".split())
-# Layers of one size before the head.
-FEATURES = frozenset({"num_features"})
+# What is set to no more than this where an architecture is narrowed: layers before the head, channels of a group.
+MOST = {"num_features": 256, "group_size": 8}
 BLOCKS_KEPT = 2
 HEADS_KEPT = 2
-FEATURES_KEPT = 256
 # No width is divided to less than this.
 NARROWEST = 16
 LEAST_MULTIPLIER = 0.5
@@ -63,8 +62,8 @@ def reduced(arguments: Mapping[str, Any], reduction: Reduction) -> dict[str, Any
             arguments[name] = _capped(value, BLOCKS_KEPT)
         elif name in DROPPED | INITIAL and isinstance(value, float):
             arguments[name] = 0.0 if name in DROPPED else 1e-4
-        elif name in FEATURES and reduction is Reduction.NARROW:
-            arguments[name] = _capped(value, FEATURES_KEPT)
+        elif name in MOST and reduction is Reduction.NARROW:
+            arguments[name] = _capped(value, MOST[name])
         elif name in BLOCKS and isinstance(value, (list, tuple)):
             arguments[name] = [_one_of_each(stage) for stage in value]
         elif isinstance(value, Mapping):
