@@ -96,6 +96,19 @@ class Call:
                         "hold the examples one after another in its dimension 0")
         return rows
 
+    def following(self, start: Tensor, like: Tensor) -> Tensor:
+        """`start [n * k, ...]`, such as zeros to begin with, as an activation of the examples in the rows of `like`.
+
+        Raises:
+            MixingRefused: it has another number of rows.
+        """
+        if start.shape[0] != like.shape[0]:
+            self.refuse(f"shape {tuple(start.shape)} does not line up with the {like.shape[0]} rows of the batch")
+        if self.theta(start) is None:
+            start = start.view_as(start)
+            self.mode.batched[start] = True
+        return start
+
     def refuse(self, reason: str) -> NoReturn:
         """Refuse an operation in which single examples cannot be told apart.
 

@@ -53,14 +53,44 @@ def test_examples_outside_dimension_zero_are_refused():
     class TimeFirst(nn.Module):
         def __init__(self):
             super().__init__()
-            self.cell, self.head = nn.LSTM(2, 5), nn.Linear(5, 4)  # batch_first=False
+            self.part, self.head = nn.Linear(2, 5), nn.Linear(5, 4)
 
         def forward(self, x):
             steps = x.view(len(x), 3, 2).transpose(0, 1)  # [3, n, 2] with n = 3: sizes alone cannot tell
-            return self.head(self.cell(steps)[0][-1])
+            return self.head(self.part(steps).tanh()[-1])
 
     with pytest.raises(MixingRefused):
         self_check(TimeFirst(), loss, random_batch(3))
+
+
+def test_mixing_far_below_the_tolerance_is_refused():
+    class Whispers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.last(x + 1e-9 * x.roll(1, dims=0))
+
+    with pytest.raises(MixingRefused, match="reaches the rows of another one.*first.weight"):
+        self_check(Whispers(), loss, random_batch())
+
+
+def test_attention_among_examples_that_are_all_equal_is_refused():
+    """Of numbers with a single feature, layer norm leaves none: what is mixed then does not differ by example."""
+
+    class Constant(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.part, self.head = nn.LayerNorm(1), nn.Linear(1, 1), nn.Linear(6, 4)
+
+        def forward(self, x):
+            part = self.part(self.norm(x[..., None]))[..., 0]
+            return self.head(x + (part @ part.t()).softmax(-1) @ part)
+
+    with pytest.raises(MixingRefused, match="reaches the rows of another one"):
+        self_check(Constant(), loss, random_batch())
 
 
 def test_a_buffer_that_the_forward_pass_changes_is_refused_by_name():

@@ -11,11 +11,13 @@ from torch.nn import functional as F
 
 from .attention import multi_head_attention
 from .conv import convolution, transposed_convolution
-from .embedding import embedding
-from .expand import elementwise, joined
+from .einsum import einsum
+from .embedding import embedding, indexed
+from .expand import elementwise, joined, prelu
 from .generic import generic
-from .linear import linear, matmul, reversed_matmul
+from .linear import added_product, bilinear, linear, matmul, reversed_matmul
 from .norm import batch_norm, group_norm, instance_norm, layer_norm, rms_norm, torch_batch_norm
+from .recurrent import STEPS, recurrent, recurrent_cell
 
 
 def _named(names: str) -> set[Callable]:
@@ -28,7 +30,7 @@ def _named(names: str) -> set[Callable]:
 # Operations that treat the rows of dimension 0 independently and broadcast along it.
 _ELEMENTWISE = _named(
     "add sub subtract rsub mul multiply div divide true_divide truediv pow where maximum minimum lerp addcmul addcdiv "
-    "copysign atan2 hypot"
+    "copysign atan2 hypot bmm baddbmm"
 ) | {F.scaled_dot_product_attention}
 
 RULES: dict[Callable, Callable] = {
@@ -36,7 +38,10 @@ RULES: dict[Callable, Callable] = {
     **dict.fromkeys([torch.cat, torch.concat, torch.concatenate, torch.stack], joined),
     **dict.fromkeys([torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm], matmul),
     Tensor.__rmatmul__: reversed_matmul,
+    **dict.fromkeys([torch.addmm, Tensor.addmm], added_product),
+    torch.einsum: einsum,
     F.linear: linear,
+    **dict.fromkeys([F.bilinear, torch.bilinear], bilinear),
     F.conv1d: convolution(1),
     F.conv2d: convolution(2),
     F.conv3d: convolution(3),
@@ -50,6 +55,10 @@ RULES: dict[Callable, Callable] = {
     F.instance_norm: instance_norm,
     **dict.fromkeys([F.rms_norm, torch.rms_norm], rms_norm),
     F.embedding: embedding,
+    Tensor.__getitem__: indexed,
+    **dict.fromkeys([torch.prelu, Tensor.prelu], prelu),
+    **{getattr(torch, name): recurrent(step) for name, step in STEPS.items()},
+    **{getattr(torch, f"{name}_cell"): recurrent_cell(step) for name, step in STEPS.items()},
     F.multi_head_attention_forward: multi_head_attention,
 }
 

@@ -82,3 +82,14 @@ def embedding(
     shape = AffineShape(positions=input.numel() // call.n, inputs=rows, outputs=d)
     slot = call.slot(call.theta(weight), shape)
     return EmbeddingUse.apply(call.anchor, input, weight.detach(), padding, call.n, slot)
+
+
+def indexed(call: Any, table: Tensor, index: Any) -> Tensor:
+    """`table[index]` for a parameter and whole numbers that depend on the batch: a look-up of its rows."""
+    whole = isinstance(index, Tensor) and index.dtype in (torch.int64, torch.int32)
+    if not whole or not call.batched(index) or call.theta(table) is None:
+        return generic(call, table, index)
+    with call.intercepted():
+        rows = table.reshape(table.shape[0], -1)
+        found = F.embedding(torch.where(index < 0, index + table.shape[0], index), rows)
+        return found.reshape(*index.shape, *table.shape[1:])

@@ -92,6 +92,15 @@ def joined(call: Any, tensors: Any, dim: int = 0, **kwargs: Any) -> Tensor:
     return elementwise(call, tensors, dim, **kwargs)
 
 
+def prelu(call: Any, input: Tensor, weight: Tensor) -> Tensor:
+    """`F.prelu`: a slope for all channels or one for each, `input [n*k, c, ...]`."""
+    if not call.batched(input) or call.batched(weight):
+        return generic(call, *call.args, **call.kwargs)
+    with call.intercepted():
+        slope = weight if weight.numel() == 1 else weight.view(-1, *[1] * (input.ndim - 2))
+        return torch.where(input > 0, input, input * slope)
+
+
 def _flat(nest: Any) -> list[Tensor]:
     if isinstance(nest, Tensor):
         return [nest]

@@ -81,15 +81,43 @@ def linear(call: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None)
 
 def matmul(call: Any, input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Tensor:
     """`input @ other`: affine for a trainable 2-D `other`; otherwise a product per example with an expanded view."""
-    if out is not None or input.ndim < 2 or other.ndim < 2:
+    if out is not None or min(input.ndim, other.ndim) < 1 or max(input.ndim, other.ndim) < 2:
         return generic(call, *call.args, **call.kwargs)
+    if other.ndim <= 2 and call.batched(other):
+        call.refuse("the product sums over dimension 0, which holds the examples")
+    if other.ndim == 1:
+        with call.intercepted():
+            return F.linear(input, other.unsqueeze(0)).squeeze(-1)
+    if input.ndim == 1:
+        with call.intercepted():
+            return torch.matmul(input.unsqueeze(0), other).squeeze(-2)
     if call.batched(input) and call.theta(other) is not None and other.ndim == 2:
         return _apply(call, input, other, None, transposed=True)
-    if call.batched(other) and other.ndim == 2:
-        call.refuse("the product sums over dimension 0, which holds the examples")
     return elementwise(call, input, other)
 
 
 def reversed_matmul(call: Any, other: Tensor, input: Tensor) -> Tensor:
     """`Tensor.__rmatmul__`: the operands the other way round."""
     return call.again(torch.matmul, input, other)
+
+
+def added_product(
+    call: Any, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`torch.addmm`: `input + mat1 @ mat2` for `mat1 [n*k, d]`; a linear layer where nothing is scaled."""
+    if out is not None or not call.batched(mat1) or call.batched(mat2):
+        return generic(call, *call.args, **call.kwargs)
+    with call.intercepted():
+        if beta == alpha == 1 and input.ndim == 1 and not call.batched(input):
+            return F.linear(mat1, mat2.t(), input)
+        return input * beta + (mat1 @ mat2) * alpha
+
+
+def bilinear(call: Any, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.bilinear`: linear in the products of all pairs of features, `weight [p, d1, d2]`."""
+    if not call.batched(input1) or not call.batched(input2):
+        return generic(call, *call.args, **call.kwargs)
+    with call.intercepted():
+        pairs = (input1.unsqueeze(-1) * input2.unsqueeze(-2)).flatten(-2)
+        return F.linear(pairs, weight.flatten(1), bias)

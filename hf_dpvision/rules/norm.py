@@ -261,7 +261,8 @@ def rms_norm(
     """`F.rms_norm`: normalised by the framework, scaled by the expand rule."""
     if not call.batched(input) or call.theta(weight) is None:
         return generic(call, *call.args, **call.kwargs)
-    return call.again(torch.mul, F.rms_norm(input, normalized_shape, None, eps), weight)
+    with call.intercepted():
+        return F.rms_norm(input, normalized_shape, None, eps) * weight
 
 
 def instance_norm(

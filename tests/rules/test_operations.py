@@ -15,8 +15,9 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
 from hf_dpvision import clipped_gradient, clipping, per_example_norms
+from hf_dpvision.capture import capture
 from hf_dpvision.errors import MixingRefused
-from hf_dpvision.rules import norm
+from hf_dpvision.rules import norm, rule_for
 
 
 WAYS = list(product(("auto", "mixed", "ghost", "instantiate"), (1, 2)))
@@ -80,6 +81,10 @@ LINEAR = {
     "bilinear": (
         lambda: Net(lambda m, x: m.f(x, x * x), f=nn.Bilinear(4, 4, 3)),
         each(4),
+    ),
+    "bilinear_positions_no_bias": (
+        lambda: Net(lambda m, x: m.f(x, x[..., :3].tanh()), f=nn.Bilinear(4, 3, 2, bias=False)),
+        each(5, 4),
     ),
     "windows_in_dimension_0": (
         lambda: Net(
@@ -238,6 +243,9 @@ EMBEDDING = {
         each(6, 4),
     ),
     "table_indexed_by_batch": (lambda: Net(lambda m, x: m.t[x], t=p(7, 4)), tokens(6, 7)),
+    "table_indexed_from_the_end": (lambda: Net(lambda m, x: m.t[x - 3], t=p(7, 4)), tokens(6, 7)),
+    "table_of_matrices_indexed_by_batch": (lambda: Net(lambda m, x: m.t[x.int()].tanh(), t=p(7, 2, 3)), tokens(6, 7)),
+    "table_of_numbers_indexed_by_batch": (lambda: Net(lambda m, x: m.t.exp()[x[:, 0]], t=p(7)), tokens(6, 7)),
     "table_indexed_by_positions": (
         lambda: Net(lambda m, x: x + m.t[torch.tensor([[0, 1], [1, 2]]).view(-1)].view(2, 2, -1), t=p(4, 3)),
         each(2, 2, 3),
@@ -299,6 +307,9 @@ RAW = {
     "as_many_heads_as_examples": (lambda: Net(lambda m, x: x + m.b, b=p(N, 5, 4)), each(N, 5, 4)),
     "as_many_positions_as_examples": (lambda: Net(lambda m, x: x * m.b, b=p(N, 4)), each(N, 4)),
     "prelu": (lambda: nn.PReLU(4), each(4, 5)),
+    "prelu_one_slope": (lambda: nn.PReLU(), each(4, 5)),
+    "prelu_flat": (lambda: nn.PReLU(4), each(4)),
+    "distances": (lambda: Net(lambda m, x: torch.cdist(x, m.c), c=p(5, 4)), each(6, 4)),
     "response_norm": (
         lambda: Net(lambda m, x: x + m.g * (x * (x.norm(dim=1, keepdim=True) / 3)) + m.b, g=p(4), b=p(4)),
         each(6, 4),
@@ -337,6 +348,8 @@ MATMUL = {
     "matrix_on_the_right_2d": (lambda: Net(lambda m, x: x @ m.w, w=p(4, 5)), each(4)),
     "matrix_on_the_right_3d": (lambda: Net(lambda m, x: x @ m.w, w=p(4, 5)), each(6, 4)),
     "matrix_on_the_left": (lambda: Net(lambda m, x: m.w @ x, w=p(5, 6)), each(6, 4)),
+    "vector_on_the_left": (lambda: Net(lambda m, x: m.w @ x, w=p(6)), each(6, 4)),
+    "vector_on_the_right_2d": (lambda: Net(lambda m, x: x @ m.w, w=p(4)), each(4)),
     "vector_on_the_right": (lambda: Net(lambda m, x: torch.matmul(x, m.w), w=p(4)), each(6, 4)),
     "batched_on_the_right": (lambda: Net(lambda m, x: torch.matmul(x, m.w), w=p(2, 4, 5)), each(2, 6, 4)),
     "batched_on_the_left": (lambda: Net(lambda m, x: m.w @ x, w=p(2, 5, 6)), each(2, 6, 4)),
@@ -345,9 +358,51 @@ MATMUL = {
     "batched_expanded": (lambda: Net(lambda m, x: torch.bmm(m.w.expand(len(x), -1, -1), x), w=p(1, 5, 6)), each(6, 4)),
     "mm": (lambda: Net(lambda m, x: torch.mm(x, m.w), w=p(4, 5)), each(4)),
     "addmm": (lambda: Net(lambda m, x: torch.addmm(m.b, x, m.w), b=p(5), w=p(4, 5)), each(4)),
+    "addmm_scaled": (
+        lambda: Net(lambda m, x: torch.addmm(m.b, x, m.w, beta=0.5, alpha=2.0), b=p(5), w=p(4, 5)),
+        each(4),
+    ),
+    "addmm_added_to_batch": (lambda: Net(lambda m, x: torch.addmm(x, x.tanh(), m.w), w=p(4, 4)), each(4)),
+    "addmm_positions_in_dimension_0": (
+        lambda: Net(lambda m, x: torch.addmm(m.b, x.view(-1, 4), m.w).view(len(x), -1), b=p(5), w=p(4, 5)),
+        each(6, 4),
+    ),
+    "baddbmm": (
+        lambda: Net(
+            lambda m, x: torch.baddbmm(m.b, x, m.w.expand(len(x), -1, -1), beta=0.5, alpha=2), b=p(5), w=p(1, 4, 5)
+        ),
+        each(6, 4),
+    ),
     "einsum_linear": (lambda: Net(lambda m, x: torch.einsum("ntd,dp->ntp", x, m.w), w=p(4, 5)), each(6, 4)),
+    "einsum_linear_transposed": (
+        lambda: Net(lambda m, x: torch.einsum("pd, ntd -> ntp", m.w, x), w=p(5, 4)),
+        each(6, 4),
+    ),
+    "einsum_channels": (lambda: Net(lambda m, x: torch.einsum("nchw,cp->nphw", x, m.w), w=p(4, 5)), each(4, 3, 2)),
     "einsum_heads": (lambda: Net(lambda m, x: torch.einsum("nhtd,hdp->nhtp", x, m.w), w=p(2, 4, 3)), each(2, 6, 4)),
     "einsum_left": (lambda: Net(lambda m, x: torch.einsum("hdp,nhtd->nthp", m.w, x), w=p(2, 4, 3)), each(2, 6, 4)),
+    "einsum_no_arrow": (lambda: Net(lambda m, x: torch.einsum("ad,bdp", x, m.w), w=p(2, 4, 3)), each(4)),
+    "einsum_examples_not_first": (
+        lambda: Net(lambda m, x: torch.einsum("ntd,hdp->htnp", x, m.w).movedim(2, 0), w=p(2, 4, 3)),
+        each(6, 4),
+    ),
+    "einsum_positions": (
+        lambda: Net(lambda m, x: torch.einsum("nhwc,hkc->nhwk", x, m.r[torch.tensor([[1, 0], [2, 1]])]), r=p(3, 4)),
+        each(2, 3, 4),
+    ),
+    "einsum_three_operands": (
+        lambda: Net(lambda m, x: torch.einsum("nd,d,dp->np", x, m.g, m.w), g=p(4), w=p(4, 5)),
+        each(4),
+    ),
+    "einsum_as_many_as_examples": (
+        lambda: Net(lambda m, x: torch.einsum("nhd,hd->nhd", x, m.w), w=p(N, 4)),
+        each(N, 4),
+    ),
+    "einsum_of_batch_and_batch": (
+        lambda: Net(lambda m, x: torch.einsum("ntd,nsd,d->nts", x, x.tanh(), m.g), g=p(4)),
+        each(6, 4),
+    ),
+    "einsum_ellipsis": (lambda: Net(lambda m, x: torch.einsum("...d,dp->...p", x, m.w), w=p(4, 5)), each(6, 4)),
 }
 
 
@@ -407,12 +462,42 @@ def _lstm_tied() -> nn.Module:
     return Net(lambda m, x: m.f(m.f(x)[0])[0], f=nn.LSTM(4, 4, batch_first=True))
 
 
+def _positions_first(layer: nn.Module) -> nn.Module:
+    return Net(lambda m, x: m.f(x.transpose(0, 1))[0].transpose(0, 1), f=layer)
+
+
+def _started(m: Net, x: Tensor) -> Tensor:
+    start = x[:, 0].tanh()
+    output, (last, cell) = m.f(x, (start[None], start[None] * 2))
+    return output.mean(1) + last[0] * cell[0]
+
+
 RECURRENT = {
     "lstm": (lambda: nn.LSTM(4, 3, batch_first=True), each(5, 4)),
     "lstm_deep_both_ways": (lambda: nn.LSTM(4, 3, num_layers=2, bidirectional=True, batch_first=True), each(5, 4)),
     "lstm_twice": (_lstm_tied, each(5, 4)),
+    "lstm_no_bias_projected": (lambda: nn.LSTM(4, 5, proj_size=2, bias=False, batch_first=True), each(5, 4)),
+    "lstm_positions_first": (lambda: _positions_first(nn.LSTM(4, 3)), each(5, 4)),
+    "lstm_as_many_positions_as_examples": (lambda: _positions_first(nn.LSTM(4, 3)), each(N, 4)),
+    "lstm_started_by_the_batch": (lambda: Net(_started, f=nn.LSTM(4, 4, batch_first=True)), each(5, 4)),
+    "lstm_with_a_learned_start": (
+        lambda: Net(
+            lambda m, x: m.f(x, (m.h.expand(-1, len(x), -1).contiguous(), m.c.repeat(1, len(x), 1)))[0],
+            h=p(1, 1, 3), c=p(1, 1, 3), f=nn.LSTM(4, 3, batch_first=True),
+        ),
+        each(5, 4),
+    ),
+    "lstm_over_rows_of_windows": (
+        lambda: Net(lambda m, x: m.f(x.flatten(0, 1))[0].unflatten(0, (-1, 2)), f=nn.LSTM(4, 3, batch_first=True)),
+        each(2, 5, 4),
+    ),
     "gru": (lambda: nn.GRU(4, 3, batch_first=True), each(5, 4)),
+    "gru_deep_both_ways": (lambda: _positions_first(nn.GRU(4, 3, num_layers=2, bidirectional=True)), each(5, 4)),
+    "rnn_tanh": (lambda: nn.RNN(4, 3, batch_first=True), each(5, 4)),
+    "rnn_relu": (lambda: nn.RNN(4, 3, nonlinearity="relu", bias=False, batch_first=True), each(5, 4)),
     "lstm_cell": (lambda: Net(lambda m, x: m.f(x[:, 1], m.f(x[:, 0]))[0], f=nn.LSTMCell(4, 3)), each(2, 4)),
+    "gru_cell": (lambda: Net(lambda m, x: m.f(x[:, 1], m.f(x[:, 0])), f=nn.GRUCell(4, 3)), each(2, 4)),
+    "rnn_cell": (lambda: Net(lambda m, x: m.f(x[:, 1], m.f(x[:, 0])), f=nn.RNNCell(4, 3, bias=False)), each(2, 4)),
 }
 
 
@@ -591,6 +676,18 @@ def test_layer_norms_by_the_frameworks_kernel_equal_the_loop(name: str, monkeypa
     _check(*_built(name, N))
 
 
+# These stay examples of what has no rule.
+WITHOUT_A_RULE = {"distances", "einsum_ellipsis"}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_every_operation_of_the_table_has_a_rule_of_its_own(name: str) -> None:
+    model, batch = _built(name, N)
+    with capture(model, batch, N, rule_for) as forward:
+        loss(model, batch)
+    assert any(slot.generic for slot in forward.uses.slots) == (name in WITHOUT_A_RULE)
+
+
 def _with_a_block_run_again(reentrant: bool) -> nn.Module:
     return Net(
         lambda m, x: m.g(checkpoint(m.f, m.e(x), use_reentrant=reentrant)),
@@ -713,10 +810,21 @@ def test_examples_outside_of_dimension_0_are_refused(forward: Callable) -> None:
         clipped_gradient(model, loss, each(5, 4)(N), clipping=clipping.Flat(1.0))
 
 
-def test_a_recurrent_layer_with_positions_first_is_refused() -> None:
-    model = Net(lambda m, x: m.f(x.transpose(0, 1))[0].transpose(0, 1), f=nn.LSTM(4, 3)).double()
-    with pytest.raises(MixingRefused):
-        clipped_gradient(model, loss, each(5, 4)(N), clipping=clipping.Flat(1.0))
+def test_a_packed_sequence_is_refused() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([5, 3, 1]), batch_first=True)
+        return m.f(packed)[1][0][0]
+
+    with pytest.raises(MixingRefused, match="packed"):
+        clipped_gradient(Net(forward, f=nn.LSTM(4, 3)).double(), loss, each(5, 4)(N), clipping=clipping.Flat(1.0))
+
+
+@pytest.mark.parametrize("equation", ["nd,dp->p", "nd,dn->dn", "dn,dp->np"])
+def test_a_sum_of_products_that_mixes_examples_is_refused(equation: str) -> None:
+    square = p(N, N) if equation == "nd,dn->dn" else p(N, 4)
+    model = Net(lambda m, x: torch.einsum(equation, x, m.w), w=square).double()
+    with pytest.raises(MixingRefused, match="einsum|examples"):
+        clipped_gradient(model, loss, each(N)(N), clipping=clipping.Flat(1.0))
 
 
 @pytest.mark.parametrize("options", [dict(add_bias_kv=True), dict(add_zero_attn=True)], ids=str)
