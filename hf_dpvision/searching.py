@@ -23,9 +23,10 @@ from .accounting.journal import FILE, FOLDER, read_journal
 from .accounting.selection import draw_runs, stopping_of
 from .checkpoints import WEIGHTS
 from .errors import ArgumentRefused, BudgetExceeded
+from .evaluations import MARK
 from .guards_search import refuse_search
 from .plan import facts_of, planned_steps, refuse_changed_facts
-from .progress import MARK, SilentProgress, StopWhenSpent
+from .progress import SilentProgress, StopWhenSpent
 from .publishing import PublishingTrainer
 from .run import PrivacyRun
 from .search_record import announced, priced, written_record

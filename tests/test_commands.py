@@ -23,12 +23,14 @@ ROOT = Path(__file__).parents[1]
 CARD = str(ROOT / "model_cards" / "digits_beit")
 RUN = ["--noise-multiplier", "2", "--delta", "1e-5", "--accountant", "rdp", "--sample-rate", "0.1", "--steps", "9"]
 BUDGET = ["--target-epsilon", "3", *RUN[2:]]
+PLAN = ["--target-epsilon", "3", "--dataset-size", "1000", "--hours", "0.1", "--accountant", "rdp"]
 
 # What each command answers with code 0, and what it cannot answer, with the code. `{}` is an empty folder.
 ANSWERED = {
     "epsilon": RUN,
     "calibrate": BUDGET,
     "inspect": ["timm/resnet10t", "--image-size", "32"],
+    "plan": [*PLAN, "--images-per-second", "50"],
     "train": ["--list-arguments"],  # a whole run: tests/recipes/test_recipes.py
     "verify": [CARD, "--accountants", "prv"],
     "statement": [CARD],
@@ -39,6 +41,7 @@ NOT_ANSWERED = [
     ("calibrate", [*BUDGET, "--target-epsilon", "-1"], 2),
     ("inspect", ["timm/no_such_model"], 1),
     ("inspect", ["timm/resnet10t", "--image-size", "0"], 2),
+    ("plan", [*PLAN, "--images-per-second", "0"], 2),
     ("train", [], 2),
     ("train", ["--target_epsilon", "-1", "--target_delta", "1e-5", "--logical_batch_size", "5"], 2),
     ("train", ["--config", "{}/absent.yaml"], 2),
