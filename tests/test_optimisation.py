@@ -17,10 +17,10 @@ from transformers import TrainerCallback
 
 from hf_dpvision import clipping
 from hf_dpvision.accounting.journal import FILE, FOLDER
+from hf_dpvision.clipping_arguments import STYLES
 from hf_dpvision.errors import ArgumentRefused
 from hf_dpvision.optimisation import AdamBC, LowPass
 from hf_dpvision.release import released_files
-from hf_dpvision.training_args import CLIPPING_STYLES
 
 
 STEPS = 40
@@ -105,7 +105,7 @@ def test_adam_bc_without_noise_to_speak_of_is_adamw_and_under_much_noise_sgd_wit
 CORRECTED = {"noise_bias_correction": True, "optim": "adamw_torch", "learning_rate": 0.01}
 
 
-@pytest.mark.parametrize("style", CLIPPING_STYLES)
+@pytest.mark.parametrize("style", STYLES)
 def test_the_variance_that_is_subtracted_is_that_of_the_noise_in_the_gradient(tmp_path, style):
     # Only noise is released: the pixels are NaN. The mean of 120 squares of 2307 normals; false-positive rate 1e-6.
     data = Images()
