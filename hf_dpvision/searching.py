@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from tqdm.auto import tqdm
 from transformers import TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
@@ -84,8 +85,8 @@ class SearchingTrainer(PublishingTrainer):
             resume: go on with the search in `output_dir`; its settings, and what is above, are those of its beginning.
 
         Returns:
-            The best run; the model has its weights, `args` its settings, and `search.json` in `output_dir` the record.
-            With `stopping` it is not said which run it was.
+            The best run; the model has its weights, `args` its settings. In `output_dir` are the weights with their
+            statement, and the record, `search.json`. With `stopping` it is not said which run it was.
 
         Raises:
             ArgumentRefused, LedgerRefused: before the first run, with nothing spent.
@@ -226,8 +227,8 @@ class SearchingTrainer(PublishingTrainer):
         return made
 
     def _put_aside(self, folder: Path) -> None:
-        """Save what makes the run at hand the one that is released."""
-        tensors = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
+        whole = torch.contiguous_format  # safetensors refuses others, and memory that two tensors share
+        tensors = {name: tensor.cpu().clone(memory_format=whole) for name, tensor in self.model.state_dict().items()}
         safetensors.torch.save_file(tensors, folder / WEIGHTS)
         self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
         shutil.copyfile(Path(self.args.output_dir) / FOLDER / FILE, folder / FILE)
@@ -254,6 +255,7 @@ class SearchingTrainer(PublishingTrainer):
         self._run.search = Search(state.started) if stopping is None else Search(None, stopping)
         record = written_record(state, self._run.epsilon(self.args, None).to_dict(), self.args.eval_data)
         (output_dir / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        self.save_model(_internal_call=True)  # before the copy that was put aside goes
         folder.remove()
         name = str(state.best) if stopping is None else "best"
         return BestRun(name, best.objective, dict(state.candidates[state.best]))

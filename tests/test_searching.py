@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from trainer_cases import Images, Linear, trainer, weights
 from transformers import TrainerCallback
 
@@ -65,6 +66,8 @@ class KillAt(TrainerCallback):
 def test_all_steps_of_all_trials_are_composed(tmp_path):
     run = searching(tmp_path)
     best = run.hyperparameter_search(space, n_trials=3)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(saved[name], tensor) for name, tensor in run.model.state_dict().items())
     composed = Ledger([Event(RATE, 1.0, 3 * STEPS)])
     assert run.epsilon().upper == composed.epsilon(1e-4, "rdp").upper
     assert run._run.ledger == read_journal(tmp_path).ledger == composed
@@ -139,6 +142,7 @@ def test_with_random_stopping_the_whole_search_is_stated_and_nothing_of_the_othe
     evaluations = [logs for logs in run.state.log_history if "eval_loss" in logs]
     assert evaluations[0]["eval_loss"] == pytest.approx(best.objective, rel=1e-6) and len(evaluations) == 2
     assert read_journal(tmp_path).ledger.steps == STEPS
+    assert json.loads((tmp_path / "privacy.json").read_text()) == said
     assert {path.name for path in tmp_path.iterdir()} <= {
         "privacy", "search.json", "README.md", "privacy.json", "model.safetensors", "training_args.bin", "runs",
     }  # fmt: skip
