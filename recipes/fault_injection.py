@@ -126,8 +126,9 @@ def main(command_line: Sequence[str] | None = None, faults: Sequence[Fault] = FA
     of_chosen = {CHECKS[fault.check].group for fault in chosen} if options.only else GROUPS
     groups = options.groups or [group for group in GROUPS if group in of_chosen]
     told = ["python", "recipes/fault_injection.py", *(["--short"] if options.short else [])]
-    command = " ".join([*told, *(["--groups", *options.groups] if options.groups else [])])
-    record = investigate(chosen, repeats, command, every_check=not options.short, groups=groups)
+    told += ["--groups", *options.groups] if options.groups else []
+    told += ["--repeats", str(repeats)] if options.repeats is not None else []
+    record = investigate(chosen, repeats, " ".join(told), every_check=not options.short, groups=groups)
     write(options.report, record)
     return record
 
