@@ -7,7 +7,8 @@
 Sides: the non-private step; ours with one pass and with two, and with each norm rule; Opacus (`hooks`, `ghost`) where
 it is installed (extra `dev`). Each is held to a loop over single examples before it is timed, and a peer that is wrong
 or cannot run is named with the reason; if one of ours is, the run fails. How times and peaks are taken stands in the
-report. A model is a name of timm's registry, or `vgg19_cifar` or `resnet18_cifar`, the ones for 32 pixels.
+report, and so do the least operations and bytes that a private step can do with, and a profile of both steps. A model
+is a name of timm's registry, or `vgg19_cifar` or `resnet18_cifar`, the ones for 32 pixels.
 
 The results of the last run of the suite, with hardware and versions, stand in benchmark.md, benchmark.json and
 benchmark.png beside this file; the README quotes them.

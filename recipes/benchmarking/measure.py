@@ -20,6 +20,7 @@ from .sides import Batch, Loop, NonPrivate, Ours, Side, disagreement
 
 
 EXAMPLES_CHECKED = 3
+SAME_PARAMETERS = "non-private, same parameters"  # the side that trains what ours does, where that is not everything
 LARGER, LARGEST_PEAK = (2, 4, 8), 4 * 2**30  # batch sizes for the fit, in case batches; bytes
 
 
@@ -141,7 +142,7 @@ def own_sides(case: Case) -> list[Side]:
     """The non-private step, our default, and the variants of it."""
     sides: list[Side] = [NonPrivate(), Ours()]
     if case.trained in (Trained.BIAS, Trained.HEAD):
-        sides.append(NonPrivate("non-private, same parameters"))
+        sides.append(NonPrivate(SAME_PARAMETERS))
     return sides + [Ours(*variant) for variant in case.variants]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from .floor import Reasons, largest
-from .measure import CaseResult
+from .measure import SAME_PARAMETERS, CaseResult
 
 
 HEADING = "Why not less"
@@ -16,11 +16,11 @@ least that is half of both symmetric Gram matrices, the gradient once more, or, 
 are no larger than activation and output gradient, the sum of kept ones. Bytes are estimated from the sizes of tensors,
 without workspaces of kernels: what the forward pass saves is released while that which one pass holds for the sums
 comes into being, for each use activation and output gradient or the gradients of single examples, at least the smaller
-of both.
+of both. Where few parameters are trained, the floor is the measured peak of the ordinary step that trains the same.
 
 A ratio of time above that of operations is not arithmetic. The profile tells what it is: self CPU time by kind of
-operator, of the fastest of three steps of each side, in hundredths of the non-private step; the profiler itself slows
-small operators."""
+operator, the least of three steps of each side, in hundredths of the non-private step; the profiler itself slows small
+operators."""
 
 
 def section(cases: Sequence[CaseResult], ours: str, title: Callable[[CaseResult], str], table: Callable) -> list[str]:
@@ -38,7 +38,7 @@ def section(cases: Sequence[CaseResult], ours: str, title: Callable[[CaseResult]
 
 
 def _row(result: CaseResult, ours: str, title: Callable[[CaseResult], str]) -> tuple[str, ...]:
-    found, side = result.reasons, result.find(ours)
+    found, side, same = result.reasons, result.find(ours), result.find(SAME_PARAMETERS)
     memory, operations = found.memory, found.operations
     rest = [f"{kind} {100 * share:+.0f}" for kind, share in largest(found.profile, 3)] if found.profile else []
     return (
@@ -46,7 +46,7 @@ def _row(result: CaseResult, ours: str, title: Callable[[CaseResult], str]) -> t
         f"{operations.least_ratio:.2f}",
         f"{operations.planned_ratio:.2f}",
         f"{result.time_ratio(side).median:.2f}",
-        f"{memory.least / memory.non_private:.2f}",
+        f"{memory.least / memory.non_private if same is None else result.memory_ratio(same):.2f}",
         f"{memory.planned / memory.non_private:.2f}",
         f"{result.memory_ratio(side):.2f}",
         ", ".join(rest),
