@@ -354,8 +354,8 @@ highest rate; the other column is a multiple of that.
   weights then changes next to nothing.
 - At a constant rate that is too high for the last iterate, an average wins back what it loses. Take one where the end
   of a run is not known beforehand, or the rate cannot fall.
-- A filter, Adam or DP-AdamBC helps here only if its rows differ from those of SGD by more than runs of one method differ
-  among themselves. Other rates, models and epsilons were not measured.
+- A filter, Adam or DP-AdamBC helps here only if its rows differ from those of SGD by more than runs of one method
+  differ among themselves. Other rates, models and epsilons were not measured.
 
 Command: `OMP_NUM_THREADS=1 python recipes/optimisation.py`
 
