@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python recipes/optimisation.py             # runs what is missing, then writes the report
     python recipes/optimisation.py --report                      # writes the report from the numbers that are there
+    OMP_NUM_THREADS=1 python recipes/optimisation.py --parts 2   # only this multiple of the rate on features
 
 Every accuracy goes into `optimisation.json` as soon as it is known, so that a run that is ended goes on where it was;
 `optimisation.md` is written from it. Averages of the weights are taken of the same runs as the last iterate, so that
@@ -32,6 +33,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
+from filelock import FileLock
 from finetune_image_classification import DEFAULT_CONFIG, audited_trainer
 from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging
@@ -51,7 +53,8 @@ HERE = Path(__file__).parent
 NUMBERS, REPORT = HERE / "optimisation.json", HERE / "optimisation.md"
 EPSILON, DELTA, BATCH, STEPS, TRAIN_IMAGES = 2.0, 1e-5, 512, 50, 1437
 # by which the weights move per gradient; the default recipe's 0.6 with momentum 0.9
-GAIN = {"fine-tuning": 0.6 / 0.1, "features": 2.0 / 0.1}
+FINE_TUNING = "fine-tuning"
+GAIN = {FINE_TUNING: 0.6 / 0.1, "features": 2.0 / 0.1}
 FLOORS = (1.0, 0.1)
 LAST = "last iterate"
 AVERAGES: dict[str, Weighting] = {
@@ -104,7 +107,7 @@ METHODS = (
     ),
 )
 FINE_TUNED = {METHODS[0].name: 5, METHODS[3].name: 3, METHODS[6].name: 3, METHODS[7].name: 3}  # method -> runs
-FEATURE_RUNS, MULTIPLES = 5, (0.5, 1.0, 2.0)
+FEATURE_RUNS, MULTIPLES = 5, (1.0, 2.0)
 
 
 class Averages(TrainerCallback):
@@ -122,16 +125,28 @@ def main(command_line: list[str] | None = None) -> None:
     """Run what is missing and write the report; see the top of this file."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--report", action="store_true", help="only write the report")
+    parser.add_argument(
+        "--parts", nargs="*", default=[*(f"{multiple:g}" for multiple in MULTIPLES), FINE_TUNING],
+        choices=[*(f"{multiple:g}" for multiple in MULTIPLES), FINE_TUNING],
+        help="what is measured; several commands with different parts may run beside one another",
+    )  # fmt: skip
+    parser.add_argument("--features_dir", help="private folder to keep the features in; by default they are not kept")
     options = parser.parse_args(command_line)
     logging.set_verbosity_error()
-    numbers = json.loads(NUMBERS.read_text()) if NUMBERS.exists() else {"accuracies": {}, "seconds": {}}
     if not options.report:
-        parts = features()
-        for multiple in (1.0, *(other for other in MULTIPLES if other != 1.0)):
-            on_features(numbers, parts, multiple)
-        for runs in range(1, max(FINE_TUNED.values()) + 1):
-            fine_tuning(numbers, runs)
-    REPORT.write_text(report(numbers), encoding="utf-8")
+        multiples = [float(part) for part in options.parts if part != FINE_TUNING]
+        with tempfile.TemporaryDirectory() as scratch:
+            parts = features(Path(options.features_dir or scratch)) if multiples else []
+        for multiple in multiples:
+            on_features(parts, multiple)
+        for runs in range(1, max(FINE_TUNED.values()) + 1) if FINE_TUNING in options.parts else ():
+            fine_tuning(runs)
+    REPORT.write_text(report(read_numbers()), encoding="utf-8")
+
+
+def read_numbers() -> dict:
+    """What has been measured so far."""
+    return json.loads(NUMBERS.read_text()) if NUMBERS.exists() else {"accuracies": {}, "seconds": {}}
 
 
 def noise_std() -> float:
@@ -142,11 +157,11 @@ def noise_std() -> float:
     return sigma / BATCH
 
 
-def fine_tuning(numbers: dict, runs: int) -> None:
+def fine_tuning(runs: int) -> None:
     """The embedded default recipe, biases and head, so many runs of each method that has so many."""
     std = noise_std()
     for method in METHODS:
-        rate = GAIN["fine-tuning"] * method.rate(std)
+        rate = GAIN[FINE_TUNING] * method.rate(std)
         options = {"learning_rate": rate, "lr_scheduler_type": "linear"} | method.options
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
@@ -155,10 +170,10 @@ def fine_tuning(numbers: dict, runs: int) -> None:
             return audited_trainer(folder, given)
 
         wanted = min(runs, FINE_TUNED.get(method.name, 0))
-        measure(numbers, ("fine-tuning", method.name, "1"), trainer, wanted, method.averages)
+        measure((FINE_TUNING, method.name, "1"), trainer, wanted, method.averages)
 
 
-def on_features(numbers: dict, parts: list[FeatureExamples], multiple: float) -> None:
+def on_features(parts: list[FeatureExamples], multiple: float) -> None:
     """A linear head on what the last layer of the same model receives."""
     std = noise_std()
     for method in METHODS:
@@ -176,50 +191,59 @@ def on_features(numbers: dict, parts: list[FeatureExamples], multiple: float) ->
                 compute_metrics=compute_metrics_for(10, "accuracy", {}),
             )  # fmt: skip
 
-        measure(numbers, ("features", method.name, f"{multiple:g}"), trainer, FEATURE_RUNS, method.averages)
+        measure(("features", method.name, f"{multiple:g}"), trainer, FEATURE_RUNS, method.averages)
 
 
-def features() -> list[FeatureExamples]:
+def features(folder: Path) -> list[FeatureExamples]:
     """Features and labels of the training scans and of the held-out ones."""
     data = load_image_data(DigitsData(), Split(train="train", seed=0))
     model = load_model(str(HERE / "digits_beit"), id2label=dict(enumerate(data.names)))
     wanted = model_input(model, str(HERE / "digits_beit"))
     found = []
-    with tempfile.TemporaryDirectory() as folder:
-        for part, rows in (("train", data.train), ("held-out", data.held_out)):
-            cached = cached_features(
-                Path(folder), Backbone(model), rows, data.columns, wanted.preprocessing, part=part, batch_size=128
-            )
-            found.append(FeatureExamples(cached.values.copy(), np.array(rows[data.columns.label])))
+    for part, rows in (("train", data.train), ("held-out", data.held_out)):
+        cached = cached_features(
+            folder, Backbone(model), rows, data.columns, wanted.preprocessing, part=part, batch_size=128
+        )
+        found.append(FeatureExamples(cached.values.copy(), np.array(rows[data.columns.label])))
     return found
 
 
-def measure(
-    numbers: dict, key: tuple[str, str, str], make: Callable[[str], DPTrainer], runs: int, averages: bool
-) -> None:
+def measure(key: tuple[str, str, str], make: Callable[[str], DPTrainer], runs: int, averages: bool) -> None:
     """Train as often as is missing, and write down the accuracies of the last iterate and of its averages."""
-    while len(numbers["accuracies"].get(" | ".join(key), {}).get(LAST, ())) < runs:
+    while len(read_numbers()["accuracies"].get(" | ".join(key), {}).get(LAST, ())) < runs:
         started = time.process_time()
         with tempfile.TemporaryDirectory() as folder:
-            trainer = make(folder)
-            for callback in (PrinterCallback, ClaimAtStart):
-                trainer.remove_callback(callback)
-            kept = Averages(trainer) if averages else None
-            if kept is not None:
-                trainer.add_callback(kept)
-            trainer.train()
-            found = {LAST: trainer.evaluate()["eval_accuracy"]}
-            for name, average in kept.of.items() if kept is not None else ():
-                with average.in_place():
-                    found[name] = trainer.evaluate()["eval_accuracy"]
+            found = accuracies_of(make(folder), averages)
+        keep(key, found, time.process_time() - started)
+        print(" | ".join(key), {name: f"{value:.3f}" for name, value in found.items()}, flush=True)
+
+
+def accuracies_of(trainer: DPTrainer, averages: bool) -> dict[str, float]:
+    """Train once; return the accuracy of the last iterate, and of its averages if they are wanted."""
+    for callback in (PrinterCallback, ClaimAtStart):
+        trainer.remove_callback(callback)
+    kept = Averages(trainer) if averages else None
+    if kept is not None:
+        trainer.add_callback(kept)
+    trainer.train()
+    found = {LAST: trainer.evaluate()["eval_accuracy"]}
+    for name, average in kept.of.items() if kept is not None else ():
+        with average.in_place():
+            found[name] = trainer.evaluate()["eval_accuracy"]
+    return found
+
+
+def keep(key: tuple[str, str, str], found: dict[str, float], seconds: float) -> None:
+    """Write down one run."""
+    with FileLock(tempfile.gettempdir() + "/optimisation.json.lock"):
+        numbers = read_numbers()
         place = numbers["accuracies"].setdefault(" | ".join(key), {})
         for name, value in found.items():
             place.setdefault(name, []).append(value)
-        numbers["seconds"].setdefault(key[0], []).append(round(time.process_time() - started, 2))
+        numbers["seconds"].setdefault(key[0], []).append(round(seconds, 2))
         numbers["hardware"], numbers["versions"] = environment()
         numbers["date"] = date.today().isoformat()
         NUMBERS.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-        print(" | ".join(key), {name: f"{value:.3f}" for name, value in found.items()}, flush=True)
 
 
 # The report
@@ -228,22 +252,27 @@ def measure(
 def report(numbers: dict) -> str:
     """Return the report as Markdown."""
     found = {tuple(key.split(" | ")): value for key, value in numbers["accuracies"].items()}
-    seconds = {part: mean(numbers["seconds"].get(part, [math.nan])) for part in GAIN}
+    times = [
+        f"{words} {mean(numbers['seconds'][part]):.1f} s"
+        for part, words in ((FINE_TUNING, "of fine-tuning"), ("features", "on features"))
+        if part in numbers["seconds"]
+    ]
     std = noise_std()
     versions = ", ".join(f"{name} {number}" for name, number in numbers["versions"].items())
     fine_tuned = []
     for method in METHODS:
-        if ("fine-tuning", method.name, "1") in found:
-            rate = f"{GAIN['fine-tuning'] * method.rate(std):.2g}"
-            fine_tuned += rows_of(method.name, rate, found[("fine-tuning", method.name, "1")])
+        if (FINE_TUNING, method.name, "1") in found:
+            rate = f"{GAIN[FINE_TUNING] * method.rate(std):.2g}"
+            fine_tuned += rows_of(method.name, rate, found[(FINE_TUNING, method.name, "1")])
+    headings = ["method", "learning rate", "runs", "accuracy", "against its last iterate"]
     return TEXT.format(
-        fine_tuned=table(["method", "learning rate", "runs", "accuracy", "against its last iterate"], fine_tuned),
+        fine_tuned=table(headings, fine_tuned) if fine_tuned else "Not run yet.",
         features=table(
             ["method", "weights", *(f"learning rate x {multiple:g}" for multiple in MULTIPLES)],
             [row for method in METHODS for row in feature_rows(method.name, found)],
         ),
         feature_runs=FEATURE_RUNS, epsilon=EPSILON, delta=DELTA, batch=BATCH, steps=STEPS, std=std,
-        fine_seconds=seconds["fine-tuning"], feature_seconds=seconds["features"], hardware=numbers["hardware"],
+        times=" and one ".join(times), hardware=numbers["hardware"],
         versions=versions, date=numbers["date"], gain=GAIN["features"],
     )  # fmt: skip
 
@@ -252,19 +281,27 @@ def rows_of(method: str, rate: str, values: dict[str, list[float]]) -> list[list
     """One row for the last iterate, one for each average of the same runs, with the mean of their differences."""
     found = []
     for weights, accuracies in values.items():
-        pairs = [100 * (value - last) for value, last in zip(accuracies, values[LAST], strict=True)]
         name = method if weights == LAST else f"{method}; {weights}"
-        against = "" if weights == LAST else difference(pairs)
+        against = "" if weights == LAST else difference(accuracies, values[LAST])
         found.append([name, rate, str(len(accuracies)), spread(accuracies), against])
     return found
 
 
 def feature_rows(method: str, found: dict[tuple[str, str, str], dict[str, list[float]]]) -> list[list[str]]:
-    """One row for the last iterates at each learning rate, one for each average."""
+    """One row for the last iterates at each learning rate, one for each average of the same runs."""
     of_rate = [found.get(("features", method, f"{multiple:g}"), {}) for multiple in MULTIPLES]
     names = dict.fromkeys(name for values in of_rate for name in values)
-    shown = {name: [spread(values[name]) if name in values else "not run" for values in of_rate] for name in names}
-    return [[method, name, *cells] for name, cells in shown.items()]
+    return [[method, name, *(feature_cell(name, values) for values in of_rate)] for name in names]
+
+
+def feature_cell(weights: str, values: dict[str, list[float]]) -> str:
+    """Mean and deviation, and for an average the difference to the last iterate."""
+    if weights not in values:
+        return "not run"
+    text = spread(values[weights])
+    if weights != LAST:
+        text += f" ({difference(values[weights], values[LAST])})"
+    return text if len(values[LAST]) == FEATURE_RUNS else f"{text}, runs: {len(values[LAST])}"
 
 
 def spread(accuracies: list[float]) -> str:
@@ -273,8 +310,9 @@ def spread(accuracies: list[float]) -> str:
     return f"{100 * mean(accuracies):.1f}{deviation} %"
 
 
-def difference(points: list[float]) -> str:
-    """Mean and standard error of paired differences in points."""
+def difference(accuracies: list[float], last: list[float]) -> str:
+    """Mean and standard error of the differences of paired runs, in points."""
+    points = [100 * (value - other) for value, other in zip(accuracies, last, strict=True)]
     error = f" ± {stdev(points) / math.sqrt(len(points)):.1f}" if len(points) > 1 else ""
     return f"{mean(points):+.1f}{error} points"
 
@@ -305,15 +343,23 @@ Averages are of the same runs as the last iterate above them; differences are pa
 
 ## A linear head on frozen features of the same model
 
-{feature_runs} runs each. At `x 1` the weights move by {gain:g} times the gradient; the other columns are multiples of
-that.
+{feature_runs} runs each, unless a cell says otherwise. At `x 1` the weights move by {gain:g} times the gradient at the
+highest rate; the other column is a multiple of that.
 
 {features}
 
+## What to make of it
+
+- A rate that falls to zero (`linear`, the default, or `cosine`) averages the noise out by itself; an average of the
+  weights then changes next to nothing.
+- At a constant rate that is too high for the last iterate, an average wins back what it loses. Take one where the end
+  of a run is not known beforehand, or the rate cannot fall.
+- A filter, Adam or DP-AdamBC helps here only if its rows differ from those of SGD by more than runs of one method
+  differ among themselves. Other rates, models and epsilons were not measured.
+
 Command: `OMP_NUM_THREADS=1 python recipes/optimisation.py`
 
-A run took {fine_seconds:.0f} s of processor time, one on features {feature_seconds:.1f} s. {hardware}; {versions};
-{date}.
+Processor time of a run: {times}. {hardware}; {versions}; {date}.
 """
 
 
