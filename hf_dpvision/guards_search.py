@@ -12,6 +12,7 @@ from transformers.trainer_callback import DefaultFlowCallback, PrinterCallback, 
 from .accounting import Poisson, Stopping, TruncatedNegativeBinomial
 from .errors import ArgumentRefused
 from .progress import ClaimAtStart, StopWhenSpent
+from .report_callback import RunReport
 from .streamed import StreamedExamples
 from .termination import StopWhenTerminated
 from .training_args import DPTrainingArguments
@@ -19,7 +20,7 @@ from .training_args import DPTrainingArguments
 
 # What the trainer itself brings. Those that only show or say something do not hear of runs whose number is secret.
 _OWN_CALLBACKS = (
-    DefaultFlowCallback, PrinterCallback, ProgressCallback, ClaimAtStart, StopWhenSpent, StopWhenTerminated,
+    DefaultFlowCallback, PrinterCallback, ProgressCallback, ClaimAtStart, RunReport, StopWhenSpent, StopWhenTerminated,
 )  # fmt: skip
 
 
