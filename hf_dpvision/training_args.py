@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from .clipping_arguments import CLIPPINGS, SHARES, STYLES, ClippingArguments
@@ -187,6 +188,8 @@ class DPTrainingArguments(
         if self.per_device_train_batch_size == _AUTO:
             self.per_device_train_batch_size = type(self).per_device_train_batch_size
         super().__post_init__()
+        # torch would pin nothing, and warn at every loader
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         # accelerate's FSDP averages gradients and knows no CPU; the shards are made by torch's FSDP2 directly
         self.fsdp_plugin_args = None
         # Counts labels of the realised batches across processes; the loss here is per example and needs no count.

@@ -9,7 +9,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import nn
 from transformers import set_seed
 
@@ -42,7 +41,6 @@ def finetune(command_line: Sequence[str], program: Sequence[str], default_config
     model_args, data_args, training_args = parsed.groups
     if not {"do_train", "do_eval"} & parsed.given:  # eval_strategy sets do_eval, but asks for training
         training_args.do_train = training_args.do_eval = True
-    training_args.dataloader_pin_memory &= torch.cuda.is_available()
     training_args.train_data_name = training_args.train_data_name or data_name(data_args)
     say = print if training_args.process_index == 0 else (lambda text: None)
     resume = resume_point(training_args)
@@ -110,7 +108,6 @@ def audited_trainer(folder: str, command_line: Sequence[str]) -> DPTrainer:
         [*command_line, "--output_dir", folder, "--save_strategy", "no", "--run_report", "false"]
     )
     model_args, data_args, training_args = parsed.groups
-    training_args.dataloader_pin_memory &= torch.cuda.is_available()
     set_seed(training_args.seed)
     model, prepared = prepare(model_args, data_args, training_args, print)
     model = with_trained_layers(model, model_args, training_args, prepared.picture)
