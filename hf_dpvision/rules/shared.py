@@ -26,8 +26,8 @@ def same_activation(slots: Iterable[Any]) -> Iterator[list[Any]]:
     Only neighbours, so that what waits for the last of them is never more than one block's output gradients.
     """
     shaped = [slot for slot in slots if slot.shape is not None]
-    for _, members in groupby(enumerate(shaped), key=lambda pair: (pair[1].reads, pair[1].reads is None and pair[0])):
-        yield [slot for _, slot in members]
+    for _, members in groupby(shaped, key=lambda slot: slot if slot.reads is None else slot.reads):
+        yield list(members)
 
 
 def shapes(slots: Iterable[Any]) -> dict[Any, AffineShape]:
