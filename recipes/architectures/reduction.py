@@ -58,7 +58,7 @@ def reduced(arguments: Mapping[str, Any], reduction: Reduction) -> dict[str, Any
     if reduction is Reduction.NONE:
         return arguments
     for name, value in arguments.items():
-        if name in DEPTHS:
+        if name in DEPTHS or name == "stages" and all(map(_is_size, _leaves(value))):
             arguments[name] = _capped(value, BLOCKS_KEPT)
         elif name in DROPPED | INITIAL and isinstance(value, float):
             arguments[name] = 0.0 if name in DROPPED else 1e-4
