@@ -24,6 +24,8 @@ _DROPOUTS = {
     F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout,
     torch.dropout_, torch.alpha_dropout, torch.feature_dropout,
 }  # fmt: skip
+# They drop between their layers: the sixth argument says how much.
+_RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 # Every other random draw becomes the constant given here.
 _CONSTANTS = {
     **dict.fromkeys([torch.rand, torch.rand_like, Tensor.uniform_], 0.5),
@@ -43,6 +45,8 @@ class Deterministic(TorchFunctionMode):
         if function is F.scaled_dot_product_attention:
             kwargs = {**kwargs, "dropout_p": 0.0}
             args = args[:4]
+        if function in _RECURRENT:
+            args = (*args[:5], 0.0, *args[6:])
         result = function(*args, **kwargs)
         if function in _CONSTANTS:
             return result.fill_(_CONSTANTS[function])

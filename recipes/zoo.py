@@ -2,7 +2,7 @@
 
     python recipes/zoo.py                           # what zoo.json and outputs/zoo.jsonl lack; then writes the reports
     python recipes/zoo.py --shard 2/4               # the second of four parts; results are appended, also by others
-    python recipes/zoo.py --names resnet50 xcit_nano_12_p8_224 --results /tmp/zoo.jsonl --no-report
+    python recipes/zoo.py --names resnet50 xcit_nano_12_p8_224 --results outputs/two.jsonl --no-report
     python recipes/zoo.py --report-only             # zoo.json, zoo.md and the README's section from the results
 
 Each architecture is created in a small form (fewer blocks and narrower layers where its arguments allow, the smallest

@@ -27,6 +27,18 @@ def test_dropout_and_stochastic_depth_do_not_disturb_the_comparison():
     assert self_check(model, loss, random_batch()) < 1e-5
 
 
+def test_dropout_inside_a_recurrent_layer_does_not_disturb_the_comparison():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cells, self.head = nn.LSTM(2, 5, num_layers=2, dropout=0.5, batch_first=True), nn.Linear(5, 4)
+
+        def forward(self, x):
+            return self.head(self.cells(x.view(len(x), 3, 2))[0].mean(1))
+
+    assert self_check(Recurrent().train(), loss, random_batch()) < 1e-5
+
+
 def test_the_model_and_the_global_generator_of_its_weights_stay_as_they_were():
     model = nn.Linear(6, 4)
     before = [p.clone() for p in model.parameters()]

@@ -231,7 +231,8 @@ def mixed_share(model: nn.Module, batch: Mapping[str, Tensor]) -> float:
             for p, g in zip(parameters, found, strict=True)
         ])  # fmt: skip
 
-    alone, beside = gradient([0, 0, 0]), gradient([0, 1, 2])
+    n = len(batch["target"])
+    alone, beside = gradient([0] * n), gradient(list(range(n)))
     return float((beside - alone).norm() / alone.norm().clamp(min=1e-30))
 
 

@@ -35,6 +35,9 @@ def _small_regnet(arguments: dict[str, Any]) -> dict[str, Any]:
 # What the names of the arguments do not tell, by module.
 OWN_ARGUMENTS: dict[str, dict[str, Any]] = {
     "iformer": {"depths": (2, 2, 4, 4), "attn_groups": (0, 0, 1, 1)},
+    "hieradet_sam2": {"global_att_blocks": (4,)},
+    "nextvit": {"depths": (2, 2, 5, 2)},
+    "vision_transformer_sam": {"global_attn_indexes": (1,)},
     "vgg": {"mlp_ratio": 0.02},
 }
 

@@ -19,6 +19,8 @@ IMAGE_SIZES = (64, 56, 96, 128, 224)
 TEXT = 8  # tokens, where a model reads text beside the image
 # Beside what the names of the arguments tell: sizes that only these models have.
 OWN_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "bit": {"num_groups": 4},
+    "cvt": {"depth": [1, 2, 3]},
     "efficientnet": {"width_coefficient": 1.0, "depth_coefficient": 1.0, "hidden_dim": 1280},
     "imagegpt": {"n_positions": 64, "vocab_size": 33},
     "perceiver": {"num_latents": 8, "d_latents": 64, "num_self_attention_heads": 2, "num_cross_attention_heads": 1},

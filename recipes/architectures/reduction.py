@@ -54,11 +54,11 @@ class Reduction(Enum):
 
 def reduced(arguments: Mapping[str, Any], reduction: Reduction) -> dict[str, Any]:
     """The arguments with fewer blocks, and narrower where `reduction` says so; unknown names stay."""
-    arguments = dict(arguments)
     if reduction is Reduction.NONE:
-        return arguments
+        return dict(arguments)
+    arguments = _fewer_entries(arguments)
     for name, value in arguments.items():
-        if name in DEPTHS:
+        if name in DEPTHS or name == "stages" and all(map(_is_size, _leaves(value))):
             arguments[name] = _capped(value, BLOCKS_KEPT)
         elif name in DROPPED | INITIAL and isinstance(value, float):
             arguments[name] = 0.0 if name in DROPPED else 1e-4
@@ -73,6 +73,15 @@ def reduced(arguments: Mapping[str, Any], reduction: Reduction) -> dict[str, Any
         elif isinstance(value, (list, tuple)) and value and any(map(is_dataclass, _leaves(value))):
             arguments[name] = _each(value, lambda item: _reduced_dataclass(item, reduction))
     return _narrowed(arguments) if reduction is Reduction.NARROW else arguments
+
+
+def _fewer_entries(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what is said block by block, the first and the middle one, where all blocks become two."""
+    depth = arguments.get("depth")
+    if not _is_size(depth) or depth <= BLOCKS_KEPT:
+        return dict(arguments)
+    by_block = {n: v for n, v in arguments.items() if isinstance(v, (list, tuple)) and len(v) == depth}
+    return dict(arguments) | {name: [value[0], value[depth // 2]] for name, value in by_block.items()}
 
 
 def with_defaults(built_from: Callable, arguments: Mapping[str, Any]) -> dict[str, Any]:

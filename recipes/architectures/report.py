@@ -72,8 +72,8 @@ def markdown(found: Mapping[str, Any]) -> str:
     return "\n".join([
         "# Every architecture of timm and every image classifier of transformers",
         "",
-        f"Written by `recipes/zoo.py`, whose docstring says what is done; {made_with}. Everything found, one line for",
-        "each architecture: [zoo.json](zoo.json).",
+        "Written by `recipes/zoo.py`, whose docstring says how. Everything found, a line for each architecture:",
+        f"[zoo.json](zoo.json). Made with {made_with}.",
         "",
         "- *exact*: norms and the clipped sum equal the loop over single examples, every parameter trained",
         "- *refused*: training refuses, for the reason given",
@@ -105,8 +105,8 @@ def _different(entries: Mapping[str, Mapping[str, Any]]) -> int:
 
 
 def _counted(entries: Mapping[str, Mapping[str, Any]], key: str = "status") -> str:
-    counts = Counter(entry.get(key, "not built") for entry in entries.values())
-    return ", ".join(f"{count} {value}" for value, count in counts.most_common())
+    counts = Counter(entry.get(key, "not built or not run") for entry in entries.values())
+    return ", ".join(f"{count} {value}" for value, count in counts.most_common()) or "none"
 
 
 def _not_exact(entries: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -60,8 +60,9 @@ class Child:
             return self._gone("the process ended")
 
     def close(self) -> None:
-        self._connection.close()
+        self._connection.send(None)  # closing is not enough: a forked child holds this end as well
         self._process.join()
+        self._connection.close()
 
     def _gone(self, why: str) -> str:
         self._process.kill()
@@ -106,6 +107,5 @@ def checked(
 
 
 def _serve(connection: Connection, check: Callable[[str], Result]) -> None:
-    with contextlib.suppress(EOFError):  # the other side closes when nothing is left
-        while True:
-            connection.send(check(connection.recv()))
+    while (name := connection.recv()) is not None:
+        connection.send(check(name))

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections import Counter
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -65,8 +66,7 @@ def test_a_sample_computed_again_agrees(name: str) -> None:
 
 
 def test_a_wrong_gradient_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_dpvision.rules import linear
-
+    linear = import_module("hf_dpvision.rules.linear")  # the package has a function of this name
     right = linear.bias_gradients
     monkeypatch.setattr(linear, "bias_gradients", lambda grad: right(grad * 0.999))
     result = check("test_vit")
@@ -98,9 +98,8 @@ def test_a_small_form_keeps_one_of_each_kind_of_block() -> None:
 
 def test_only_equal_small_forms_are_one() -> None:
     form = (Reduction.NARROW, 64, 5)
-    same = from_timm.fingerprint("beit_base_patch16_384", *form)
-    assert from_timm.fingerprint("beit_base_patch16_224", *form) == same
-    assert from_timm.fingerprint("beitv2_base_patch16_224", *form) == same  # they differ in initial values alone
+    same = from_timm.fingerprint("vit_base_patch16_384", *form)
+    assert from_timm.fingerprint("vit_base_patch16_224", *form) == same
     assert from_timm.fingerprint("deit3_base_patch16_224", *form) != same
 
 
