@@ -25,7 +25,7 @@ from transformers import Trainer, TrainingArguments
 
 import hf_dpvision
 from hf_dpvision import DPTrainer, DPTrainingArguments, errors
-from hf_dpvision.cli import _parser
+from hf_dpvision.cli import parser
 
 
 MODULES = ("accounting", "clipping", "data", "heads", "verify")
@@ -90,10 +90,10 @@ def methods() -> dict[str, str]:
 
 def commands() -> dict[str, list[str]]:
     """Commands of the console script and their options."""
-    (choices,) = [action.choices for action in _parser()._actions if action.dest == "command"]
+    (choices,) = [action.choices for action in parser()._actions if action.dest == "command"]
     return {
-        name: sorted(option for action in parser._actions for option in action.option_strings or [action.dest])
-        for name, parser in sorted(choices.items())
+        name: sorted(option for action in command._actions for option in action.option_strings or [action.dest])
+        for name, command in sorted(choices.items())
     }
 
 
