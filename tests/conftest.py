@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 
@@ -30,3 +31,13 @@ def seeded() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(False)  # a trainer with full_determinism=True switches them on for good
+
+
+@pytest.fixture(autouse=True)
+def loud() -> Iterator[None]:
+    """A recipe that a test runs in this process may quieten loggers; the next test hears them again."""
+    loggers = [logging.getLogger(name) for name in ("hf_dpvision", "hf_dpvision.checkpoints", "transformers")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
