@@ -11,6 +11,7 @@ from parameters of several groups is pulled back to each of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -123,13 +124,12 @@ class Collector:
         gradients = [self._held[slot] for slot in members]
         theta = members[0].theta
         if self._norm_carries_over(theta) and all(slot.theta.tensor is theta.tensor for slot in members):
-            affine = all(isinstance(gradient, Affine) for gradient in gradients)
-            squared = (
-                self._affine_squared_norms(members, gradients)
-                if affine
-                else squared_rows(sum(gradient.instantiate() for gradient in gradients))
-            )
-            self._add(theta, squared)
+            affine = [gradient for gradient in gradients if isinstance(gradient, Affine)]
+            if len(affine) == len(gradients):
+                self._add(theta, self._affine_squared_norms(members, affine))
+            else:
+                total = reduce(torch.add, (gradient.instantiate() for gradient in gradients))
+                self._add(theta, squared_rows(total))
             return
         per_parameter: dict[str, Tensor] = {}
         for slot, gradient in zip(members, gradients, strict=True):

@@ -168,11 +168,12 @@ class LogicalBatchLoader(DataLoader):
     """
 
     def __init__(self, indices: LogicalBatchIndices, dataset_size: int) -> None:
-        super().__init__(_Indices(dataset_size), batch_sampler=indices, collate_fn=_as_it_is)
+        super().__init__(_Indices(dataset_size), batch_sampler=indices, collate_fn=_as_it_is)  # type: ignore[arg-type]
+        self._epochs = indices
 
     def set_epoch(self, epoch: int) -> None:
         """Called by `Trainer` before each epoch."""
-        self.batch_sampler.set_epoch(epoch)
+        self._epochs.set_epoch(epoch)
 
 
 @dataclass(frozen=True)

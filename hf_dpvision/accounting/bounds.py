@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from hf_dpvision.errors import AccountingError
 
@@ -64,7 +65,7 @@ class Bounds:
         """The same bounds with these notes put before their own."""
         return replace(self, notes=notes + self.notes)
 
-    def to_dict(self) -> dict[str, float | str | list[str]]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; an infinite epsilon becomes the text "inf", which JSON can carry."""
         values = {"lower": self.lower, "estimate": self.estimate, "upper": self.upper}
         finite = {name: value if value < float("inf") else "inf" for name, value in values.items()}

@@ -30,13 +30,11 @@ _NOTE = "a search with random stopping is bounded by Rényi divergences alone"
 
 
 class Stopping(Protocol):
-    """How the number of runs is drawn.
+    """How the number of runs is drawn."""
 
-    Attributes:
-        mean: expected number of runs.
-    """
-
-    mean: float
+    @property
+    def mean(self) -> float:
+        """Expected number of runs."""
 
     def probabilities(self) -> Iterable[float]:
         """Probability of 0, 1, 2, ... runs, without end."""

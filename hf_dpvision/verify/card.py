@@ -28,7 +28,7 @@ class _StrictLoader(yaml.SafeLoader):
         return as_plain_mapping([(build(key, True), build(value, True)) for key, value in node.value])
 
 
-_StrictLoader.add_constructor("tag:yaml.org,2002:map", lambda loader, node: loader.construct_mapping(node))
+_StrictLoader.add_constructor("tag:yaml.org,2002:map", lambda loader, node: loader.construct_mapping(node))  # type: ignore[arg-type]
 
 
 def compare_card(folder: Path, statement: Mapping[str, Any], where: str = CARD_NAME) -> list[Finding]:
