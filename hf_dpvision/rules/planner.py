@@ -66,10 +66,11 @@ class Planner:
     The bound: the estimated peak of one pass (`private_peak`), which holds activations and output gradients or the
     gradients of single examples for the clipped sum, stays below `memory_bound` times that of the non-private step
     (`non_private_peak`). Both leave out the workspaces of kernels, which are bounded. Uses are switched to the choice
-    that holds less, in order of the time that this costs per byte; if even the least is too much, two passes hold
-    nothing. Within the bound uses are switched further while a lower peak is cheap: one percent of the step's time for
-    four percent of it. Up to 64 MiB are always allowed. With `backward_passes=2`, or any rule but "auto", there is
-    nothing to weigh. Everything here follows from sizes, nothing from the examples.
+    that holds less, in order of the time that this costs per byte; if even the least is too much, and two passes,
+    which hold nothing but keep what was saved to their end (`two_pass_peak`), need less, there are two. Within the
+    bound uses are switched further while a lower peak is cheap: one percent of the step's time for four percent of
+    it. Up to 64 MiB are always allowed. With `backward_passes=2`, or any rule but "auto", there is nothing to weigh.
+    Everything here follows from sizes, nothing from the examples.
 
     Args:
         memory_bound: ratio to the non-private step, 1.05 for five percent more.
@@ -104,8 +105,9 @@ class Planner:
         # every switch holds less than before, so the first number of them that fits is found by bisection
         budget = max(_SMALL, self.memory_bound * plain)
         fits = bisect_left(range(len(switches) + 1), True, key=lambda count: peak(count) <= budget)
-        if fits > len(switches):
+        if fits > len(switches) and two_pass_peak(slots, n, saved_bytes) < peak(len(switches)):
             return Plan({s: self._fastest(s.operation, shape, 2) for s, shape in shaped.items()}, 2)
+        fits = min(fits, len(switches))
         if peak(fits) > _SMALL:
             fits = _worthwhile(fits, switches, peak, plain, n)
         return Plan(after(fits), 1)
@@ -229,6 +231,11 @@ def private_peak(slots: Sequence[Any], choices: Mapping[Any, Choice], n: int, sa
         peak = max(peak, holding)
         holding -= bytes_held.get(slot, 0)
     return peak
+
+
+def two_pass_peak(slots: Sequence[Any], n: int, saved_bytes: int) -> float:
+    """Estimated bytes of the peak of two passes: the first keeps for the second all that the forward pass saved."""
+    return saved_bytes + max((passing for _, _, passing in _releasing(slots, n, saved_bytes)), default=0)
 
 
 def _releasing(slots: Sequence[Any], n: int, saved_bytes: int) -> Iterator[tuple[Any, float, int]]:
