@@ -70,7 +70,7 @@ def clipped_gradient(
             time and memory.
         backward_passes: 1 holds activations and output gradients for the sum; 2 is the paper's algorithm. Same result.
         memory_bound: how much one pass may hold, as a ratio to the non-private step's peak; where it would be more,
-            this call takes two passes. See `rules.planner.Planner`.
+            this call takes two passes if they need less. See `rules.planner.Planner`.
         planner: what is known about the speed of kernels, for calls to come; it has its own `memory_bound`.
         rows: how many rows of `batch` make one example, several views of one image or several images of one person:
             its tensors have first dimension `n * rows`, the rows of one example adjacent, and `per_example_loss` still
