@@ -93,8 +93,8 @@ class DPTrainingArguments(
         default=1.05,
         metadata={
             "help": "With norm_rule 'auto', the memory a step may take, as a ratio to training without privacy: "
-            "the fastest kernels within it, and where none stay within it the leanest, in one backward pass or two. The "
-            "result is the same."
+            "the fastest kernels within it, and where none stay within it the leanest, in one backward pass or two. "
+            "The result is the same."
         },
     )
     accountant: str = field(
