@@ -7,7 +7,7 @@ norm needs it; per-example gradients and their weighted sums come from the frame
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,8 +26,12 @@ from .affine import (
     with_product_margin,
 )
 from .generic import generic
-from .gradients import PerExampleGradient, keep_examples, squared_rows, wide
+from .gradients import Instantiated, PerExampleGradient, keep_examples, squared_rows, wide
 from .linear import autocast_operands, bias_gradients
+
+
+# From so many numbers in a channel's kernel on, weight gradients of a depthwise convolution are formed as a forward one.
+_WIDE_KERNEL = 16
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,30 @@ class Geometry:
         """`x [n, c, *spatial]` at the positions of a `pointwise` convolution, `[n, c, t]`."""
         return x[(..., *(slice(None, None, step) for step in self.stride))].flatten(2)
 
+    def as_forward(self, x: Tensor, weight: Tensor) -> bool:
+        """Are gradients of single examples best formed by `depthwise_gradients`?
+
+        On CPUs, where that takes a tenth of the time of the framework's weight gradient, even of the sum over all
+        examples; but for kernels as small as 3 by 3, whose weight gradient is fast.
+        """
+        depthwise = self.groups == x.shape[1] == weight.shape[0] > 1 and not self.transposed
+        return depthwise and weight[0].numel() >= _WIDE_KERNEL and x.device.type == "cpu"
+
+    def depthwise_gradients(self, output_grad: Tensor, x: Tensor) -> Tensor:
+        """Weight gradients `[n, c, 1, *kernel]` of single examples, of a depthwise convolution, by a forward one.
+
+        A weight gradient is the convolution of the input with the output gradient, stride and dilation exchanged. With
+        one channel each, all channels of all examples are channels of a single call.
+        """
+        n, c = x.shape[:2]
+        product = torch.convolution(
+            x.reshape(1, n * c, *x.shape[2:]), output_grad.reshape(n * c, 1, *output_grad.shape[2:]), None,
+            self.dilation, self.padding, self.stride, False, (0,) * len(self.stride), n * c,
+        )  # fmt: skip
+        for i, size in enumerate(self.kernel):  # beyond it lies input that no stride reached
+            product = product.narrow(2 + i, 0, size)
+        return product.reshape(n, c, 1, *self.kernel)
+
     @property
     def overlap(self) -> int:
         """The most patches that one pixel belongs to."""
@@ -124,6 +152,8 @@ class ConvGradient(PerExampleGradient):
         if self.geometry.pointwise:
             product = output_grad.flatten(2) @ self.geometry.at_positions(x).transpose(1, 2)
             return product.view(x.shape[0], *weight.shape)
+        if self.geometry.as_forward(x, weight):
+            return self.geometry.depthwise_gradients(output_grad, x)
         # One call per example of the batch kernel: the fastest stock way where there are many positions (examples as
         # groups of one call took as long or up to twice as long), and right for every geometry.
         gradients = x.new_empty(x.shape[0], *weight.shape)
@@ -135,6 +165,8 @@ class ConvGradient(PerExampleGradient):
 
     def weighted_sum(self, factors: Tensor | None) -> Tensor:
         x, output_grad, weight = self._wide()
+        if self.geometry.as_forward(x, weight):
+            return self._sum_of_instantiated(factors)
         if x[0].numel() < output_grad[0].numel():
             x = scaled(x, factors)
         else:
@@ -148,10 +180,22 @@ class ConvGradient(PerExampleGradient):
     def squared_norms(self) -> Tensor:
         x, output_grad, _ = self._wide()
         magnitudes = magnitude_bound(output_grad, x) * math.sqrt(self.geometry.overlap)
+        squared = torch.cat([squared_rows(gradients) for gradients in self._chunks()])
+        return with_product_margin(squared, magnitudes)
+
+    def _chunks(self) -> Iterator[Tensor]:
+        """Gradients `[chunk, *shape]` of a few examples after another, so that the workspace is bounded."""
         chunk = max(1, WORKSPACE_ELEMENTS // self.weight.numel())
-        parts = zip(x.split(chunk), output_grad.split(chunk), strict=True)
-        forms = (ConvGradient(inputs, grads, self.weight, self.geometry) for inputs, grads in parts)
-        return with_product_margin(torch.cat([squared_rows(form.instantiate()) for form in forms]), magnitudes)
+        for x, output_grad in zip(self.x.split(chunk), self.output_grad.split(chunk), strict=True):
+            yield ConvGradient(x, output_grad, self.weight, self.geometry).instantiate()
+
+    def _sum_of_instantiated(self, factors: Tensor | None) -> Tensor:
+        total, start = torch.zeros_like(self.weight, dtype=wide(self.weight.dtype)), 0
+        for gradients in self._chunks():
+            own = None if factors is None else factors[start : start + len(gradients)]
+            total += Instantiated(gradients).weighted_sum(own)
+            start += len(gradients)
+        return total
 
     def ghost_squared_norms(self) -> Tensor:
         x, output_grad, _ = self._wide()
