@@ -66,11 +66,13 @@ class Backbone:
         self.fingerprint = _fingerprint(model, self._layer, half)
 
     def __call__(self, pixels: Tensor) -> Tensor:
+        # Channels last: convolutions of small kernels take up to half the time, and a transformer does not mind.
+        pixels = pixels.to(self._device, memory_format=torch.channels_last)
         received: list[Tensor] = []
         handle = self._layer.register_forward_pre_hook(lambda module, inputs: received.append(inputs[0]))
         try:
             with torch.no_grad(), torch.autocast(self._device.type, torch.bfloat16, enabled=self._half):
-                self._model(pixel_values=pixels.to(self._device))
+                self._model(pixel_values=pixels)
         finally:
             handle.remove()
         return received[0].float()

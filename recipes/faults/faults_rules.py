@@ -16,6 +16,7 @@ from hf_dpvision.collector import Collector
 from hf_dpvision.rules import RULES
 from hf_dpvision.rules.affine import Affine
 from hf_dpvision.rules.conv import ConvGradient
+from hf_dpvision.rules.geometry import Geometry
 from hf_dpvision.rules.gradients import Instantiated, PerExampleGradient, squared_rows
 from hf_dpvision.uses import Slot
 
@@ -100,6 +101,17 @@ def transposed(slot: Slot, gradient: PerExampleGradient) -> PerExampleGradient:
     return Transposed(gradient) if isinstance(gradient, ConvGradient) else gradient
 
 
+def channels_before_examples(parts: Parts) -> Parts:
+    """Inject: what a large depthwise kernel gathers for all channels of all examples is read the other way round."""
+    honest = Geometry.depthwise_gradients
+
+    def misread(geometry: Geometry, output_grad: Tensor, x: Tensor) -> Tensor:
+        found = honest(geometry, output_grad, x)
+        return found.view(found.shape[1], found.shape[0], *found.shape[2:]).transpose(0, 1)
+
+    return parts.with_patch(Geometry, "depthwise_gradients", misread)
+
+
 class LastUse:
     """Of several uses of one tensor only the last one's activation was kept: the others deliver nothing."""
 
@@ -168,6 +180,8 @@ FAULTS = (
           rules({F.conv2d: ungrouped}), "FD, PV"),
     Fault("norm-of-unsummed-bias", "a bias has the norm of its gradients at single positions", "sensitivity",
           unsummed_bias, "FL: true sensitivity up to sqrt(T) C"),
+    Fault("depthwise-channels-first", "gradients of a large depthwise kernel: examples and channels exchanged",
+          "sum-instantiated", channels_before_examples),
     Fault("sum-transposed", "a convolution's sum is read transposed", "sum-instantiated",
           rules({F.conv2d: transposed}), "PV"),
     Fault("gradient-mutated", "a linear layer scales its output gradient in place", "sum-every-parameter",

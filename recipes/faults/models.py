@@ -29,13 +29,14 @@ class Wide(nn.Module):
 class Everything(nn.Module):
     """One layer of each kind that private training is known to get wrong; inputs of any size reach the output.
 
-    A reflecting padding, an input that lies channels last, groups, a class token, a table of positions, two norms, a
-    layer that is used once per position, and one that is used twice.
+    A reflecting padding, an input that lies channels last, groups, a large depthwise kernel, a class token, a table of
+    positions, two norms, a layer that is used once per position, and one that is used twice.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv2d(CHANNELS, 4, 3, padding=1, padding_mode="reflect")
+        self.depthwise = nn.Conv2d(4, 4, 5, padding=2, groups=4)
         self.grouped = nn.Conv2d(4, 4, 3, stride=2, groups=2)
         self.channel_norm = nn.GroupNorm(2, 4)
         self.token = nn.Parameter(torch.randn(1, 1, 4))
@@ -47,7 +48,7 @@ class Everything(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         x = self.stem(pixel_values.to(memory_format=torch.channels_last))
-        x = self.grouped(x)
+        x = self.grouped(x + self.depthwise(x))
         x = (x + self.channel_norm(x)).flatten(2).transpose(1, 2)
         x = torch.cat((self.token.expand(len(x), -1, -1), x), 1) + self.table
         y = self.mixing(F.gelu(self.token_norm(x)))
