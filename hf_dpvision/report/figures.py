@@ -125,7 +125,8 @@ def _gradients(facts: RunFacts) -> Panel | None:
         if signals:
             _line(axes, signals, _COLOURS[2], "estimated without noise", marker=".", linestyle="")
         axes.axhline(facts.noise_norm, color=_COLOURS[1], linestyle="--", label="noise (root mean square)")
-        axes.set(xlabel="optimizer step", ylabel="Euclidean norm", ylim=(0, None))
+        highest = max(facts.noise_norm, *(value for _, value in facts.gradient_norms))
+        axes.set(xlabel="optimizer step", ylabel="Euclidean norm", ylim=(0, 1.15 * highest))  # room above a flat line
         axes.legend(framealpha=0)
 
     ratio = facts.noise_to_signal
