@@ -19,7 +19,7 @@ from torch import Tensor
 from .clipping import finite_examples
 from .rules.affine import Affine
 from .rules.cost import Choice, NormRule, choose
-from .rules.gradients import PerExampleGradient, squared_rows, wide
+from .rules.gradients import Instantiated, PerExampleGradient, squared_rows, wide
 from .rules.planner import Planner
 from .rules.shared import Taken, TakenNorms
 from .uses import Slot, Theta, Uses
@@ -72,6 +72,7 @@ class Collector:
         groups = max(columns.values()) + 1
         self._squared = torch.zeros(uses.n, groups, dtype=wide(first.dtype), device=first.device)
         self._held: dict[Slot, PerExampleGradient] = {}
+        self._pulled_back: dict[str, Instantiated] = {}  # by parameter, where that is less to hold
 
     def _norm_carries_over(self, theta: Theta) -> bool:
         """Whether the norm of a tensor's gradient is that of its parameters', all of one group."""
@@ -137,6 +138,10 @@ class Collector:
                 per_parameter[name] = per_parameter[name] + pulled if name in per_parameter else pulled
         for name, pulled in per_parameter.items():
             self._squared[:, self._columns[name]] += squared_rows(pulled)
+        if self.backward_passes == 1 and _smaller(per_parameter.values(), gradients):
+            self._pulled_back |= {name: Instantiated(pulled) for name, pulled in per_parameter.items()}
+            for slot in members:
+                del self._held[slot]
 
     def _affine_squared_norms(self, members: list[Slot], gradients: list[Affine]) -> Tensor:
         joined = Affine.joined(gradients)
@@ -170,6 +175,8 @@ class Collector:
         summer = Summer(self._uses, self._columns, factors, finite_examples(self._squared), sums.add)
         for slot in list(self._held):
             summer.receive(slot, self._held.pop(slot))
+        for name, gradient in self._pulled_back.items():
+            summer.receive_pulled_back(name, gradient)
         return sums.complete()
 
 
@@ -208,6 +215,12 @@ class Summer:
             else:
                 self._add_pulled_back(theta, names, share)
 
+    def receive_pulled_back(self, name: str, gradient: PerExampleGradient) -> None:
+        """Add one parameter's own gradients."""
+        if not self._all_finite:
+            gradient = gradient.kept(self._finite)
+        self._add(name, gradient.weighted_sum(self._factors[self._columns[name]]))
+
     def _add_pulled_back(self, theta: Tensor, names: list[str], share: Tensor) -> None:
         parameters = [self._uses.parameters[name] for name in names]
         found = torch.autograd.grad(theta, parameters, share.to(theta.dtype), retain_graph=True, allow_unused=True)
@@ -222,6 +235,16 @@ def _groups_of(theta: Theta, columns: Mapping[str, int]) -> dict[int, list[str]]
     for name in sorted(theta.sources):
         found.setdefault(columns[name], []).append(name)
     return found
+
+
+def _smaller(pulled_back: Iterable[Tensor], gradients: Iterable[PerExampleGradient]) -> bool:
+    """Are the parameters' gradients fewer numbers than those of what is computed from them?
+
+    So it is for a table of relative positions, read once per pair of positions.
+    """
+    instantiated = [gradient for gradient in gradients if isinstance(gradient, Instantiated)]
+    held = sum(gradient.gradients.numel() for gradient in instantiated)
+    return sum(pulled.numel() for pulled in pulled_back) < held
 
 
 class Sums:
