@@ -4,7 +4,7 @@
 
 A run of `finetune_image_classification.py` leaves its record with `--results_record recipes/results/NAME.jsonl`, one
 of `linear_probe.py` or `scatter.py` with `--record`. Runs of one configuration and epsilon are averaged. The page is
-`results.md` and the picture `results.png` beside this file.
+`results.md` and the picture `results.png` beside this file; the README's first table is of the same numbers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from gathering.aims import verdicts
-from gathering.page import page
+from gathering.page import headline, page
 from gathering.points import read
 
 from hf_dpvision.config import parse_arguments
@@ -23,6 +23,7 @@ from hf_dpvision.errors import DataRefused, RefusedError
 
 
 HERE = Path(__file__).parent
+BEGIN, END = "<!-- accuracies: written by recipes/results.py, do not edit -->", "<!-- end of accuracies -->"
 
 
 @dataclass
@@ -31,6 +32,9 @@ class ResultsArguments:
 
     records: str = field(default=str(HERE / "results"), metadata={"help": "Folder of records, *.jsonl."})
     page: str = field(default=str(HERE / "results.md"), metadata={"help": "Markdown file that is written."})
+    summary: str = field(
+        default=str(HERE.parent / "README.md"), metadata={"help": "File that quotes the best method of each."}
+    )
 
 
 def main(command_line: list[str]) -> str:
@@ -50,8 +54,18 @@ def main(command_line: list[str]) -> str:
         draw(points, path.with_name(picture))
     text = page(points, verdicts(points), picture)
     path.write_text(text, encoding="utf-8")
+    _quote(Path(args.summary), headline(points))
     print(f"{len(points)} points\n  page     {path}")
     return text
+
+
+def _quote(path: Path, lines: list[str]) -> None:
+    """Put the lines between the marks of a file."""
+    text = path.read_text(encoding="utf-8")
+    if BEGIN not in text or END not in text:
+        raise DataRefused(f"{str(path)!r} lacks the marks {BEGIN!r} and {END!r}: put them where the table belongs.")
+    head, rest = text.split(BEGIN)
+    path.write_text("\n".join([head + BEGIN, *lines, END + rest.split(END)[1]]), encoding="utf-8")
 
 
 if __name__ == "__main__":

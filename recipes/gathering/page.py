@@ -49,6 +49,31 @@ def unique_series(points: Sequence[Point]) -> list[tuple[str, str]]:
     return list(dict.fromkeys((point.config, point.method) for point in points))
 
 
+def headline(points: Sequence[Point]) -> list[str]:
+    """Of each configuration its best method: mean accuracies by epsilon.
+
+    The best is the one whose highest mean is highest, without regard to epsilon: on features that is one of several
+    heads, all of which the page has.
+    """
+    best = {}
+    for point in sorted(points, key=lambda point: point.mean):
+        best[point.config] = point.method
+    rows = [series for series in unique_series(points) if best[series[0]] == series[1]]
+    shown = [point for point in points if (point.config, point.method) in rows]
+    targets = sorted({point.target for point in shown})
+    lines = _head(["data", "model", "trained", *(_target(shown, target) for target in targets)])
+    for config, method in rows:
+        mine = {point.target: point for point in shown if point.config == config}
+        first = next(iter(mine.values()))
+        cells = [f"{100 * mine[target].mean:.1f} %" if target in mine else "" for target in targets]
+        lines.append(_row([first.data, first.model, _trained(method), *cells]))
+    return lines
+
+
+def _trained(method: str) -> str:
+    return "linear head, on cached features" if method == "gradient descent" else method
+
+
 def accuracies(points: Sequence[Point], rows: Sequence[tuple[str, str]]) -> list[str]:
     """One row per configuration and method, one column per epsilon."""
     targets = sorted({point.target for point in points})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -108,7 +109,7 @@ def _of_recipe(record: Mapping[str, Any]) -> Iterator[Point]:
         yield Point(
             config=record["recipe"],
             model=record["model"],
-            data=record["data"],
+            data=_in_words(record["data"]),
             method=TRAINED[trained],
             target=settings["target_epsilon"] if private else math.inf,
             upper=record["epsilon"] if private else math.inf,
@@ -126,6 +127,11 @@ def _of_recipe(record: Mapping[str, Any]) -> Iterator[Point]:
             dates=[record["date"]],
             notes=[record["note"]] if "note" in record else [],
         )
+
+
+def _in_words(data: str) -> str:
+    """As the probe's records have it."""
+    return re.sub(r"\d{4,}", lambda found: f"{int(found[0]):,}", data).replace(" train and ", " training and ")
 
 
 def _of_probe(record: Mapping[str, Any]) -> Iterator[Point]:

@@ -79,7 +79,9 @@ def page_of(recipe: ModuleType, folder: Path, *records: dict) -> str:
     (folder / "records").mkdir()
     lines = [json.dumps(record) + "\n" for record in records]
     (folder / "records" / "a.jsonl").write_text("".join(lines))
-    return recipe.main(["--records", str(folder / "records"), "--page", str(folder / "page.md")])
+    (folder / "quoting.md").write_text(f"before\n{recipe.BEGIN}\nold\n{recipe.END}\nafter\n")
+    places = ["--page", str(folder / "page.md"), "--summary", str(folder / "quoting.md")]
+    return recipe.main(["--records", str(folder / "records"), *places])
 
 
 def rows_of(page: str, word: str) -> list[list[str]]:
@@ -94,8 +96,7 @@ def test_runs_are_averaged_and_aims_judged_by_the_means(recipe, tmp_path):
         fine_tuned("cifar10_deit_tiny_bias", 8, 0, 0.90, 0.93),
         fine_tuned("cifar10_deit_tiny_bias", 8, 1, 0.92),
     )  # fmt: skip
-    probe, bias = rows_of(page, "10000 held-out")[0], rows_of(page, "10,000 held-out")[0]
-    probe, bias = (probe, bias) if "least squares" in probe else (bias, probe)
+    probe, bias = rows_of(page, "10,000 held-out")[:2]
     assert probe[3:] == ["89.0 ± 1.4 % (2)", "89.5 % (1)", "90.0 % (1)"]
     assert bias[3:] == ["not run", "91.0 ± 1.4 % (2)", "93.0 % (1)"]
     outcomes = {row[0]: row[-1] for row in rows_of(page, ": ") if len(row) == 5}
@@ -107,6 +108,26 @@ def test_runs_are_averaged_and_aims_judged_by_the_means(recipe, tmp_path):
     assert runs[0][2] == "2, seeds 0, 1" and runs[0][3] == "36 x noise multiplier 0.5, Poisson with rate 0.01"
     assert runs[0][-1] == "1.5 min, both models"  # of one and of two minutes
     assert page == (tmp_path / "page.md").read_text() and str(tmp_path) not in page
+
+
+def test_the_summary_quotes_the_best_method_of_each_configuration(recipe, tmp_path):
+    better = probed("cifar10", {1.0: [0.88, 0.90], 8.0: [0.895]})
+    worse = {**better["scores"][0], "method": "prototypes", "accuracies": [0.85]}
+    better["scores"].append(worse)
+    better["settings"]["prototypes"] = "nothing to choose"
+    page_of(recipe, tmp_path, better, fine_tuned("cifar10_deit_tiny_bias", 8, 0, 0.90, 0.93))
+    before, _, rest = (tmp_path / "quoting.md").read_text().partition(recipe.BEGIN + "\n")
+    table, _, after = rest.partition(recipe.END)
+    assert before == "before\n" and after == "\nafter\n"
+    assert [row[2:] for row in rows_of(table, "held-out")] == [
+        ["least squares", "89.0 %", "89.5 %", ""], ["biases and head (BiTFiT)", "", "90.0 %", "93.0 %"],
+    ]  # fmt: skip
+
+
+def test_a_file_without_the_marks_is_refused(recipe, tmp_path):
+    (tmp_path / "a.md").write_text("nothing\n")
+    with pytest.raises(DataRefused, match="lacks the marks"):
+        recipe.main(["--page", str(tmp_path / "page.md"), "--summary", str(tmp_path / "a.md")])
 
 
 def test_a_mean_that_falls_short_misses_its_aim(recipe, tmp_path):
@@ -136,7 +157,10 @@ def test_what_is_no_record_is_named(recipe, tmp_path):
 
 def test_the_page_in_the_repository_is_that_of_its_records(recipe, tmp_path):
     written = SCRIPT.with_suffix(".md")
-    page = recipe.main(["--page", str(tmp_path / "results.md")])
+    readme = (SCRIPT.parents[1] / "README.md").read_text()
+    (tmp_path / "README.md").write_text(readme)
+    page = recipe.main(["--page", str(tmp_path / "results.md"), "--summary", str(tmp_path / "README.md")])
+    assert (tmp_path / "README.md").read_text() == readme
     assert page.replace("![accuracy against epsilon](results.png)\n\n", "") == written.read_text().replace(
         "![accuracy against epsilon](results.png)\n\n", ""
     )
