@@ -38,7 +38,7 @@ from .functions import (
     tensors_in,
     written_by,
 )
-from .uses import Slot, Theta, Uses
+from .uses import Slot, Theta, Uses, without_data
 
 
 Batch = Mapping[str, Any] | Sequence[Any]
@@ -226,7 +226,7 @@ class Interception(TorchFunctionMode):
         for output in [*fresh, *written]:
             if output.requires_grad and not output.is_leaf:
                 row = _repeated_row(thetas[0], output) if function in REPEATING else None
-                self.thetas[output] = Theta(output, sources, whole and moves, row)
+                self.thetas[output] = Theta(without_data(output), sources, whole and moves, row)
 
 
 def _repeated_row(theta: Theta, output: Tensor) -> Theta | None:

@@ -18,7 +18,8 @@ class Theta:
     """A tensor computed from trainable parameters alone.
 
     Attributes:
-        tensor: the tensor, with the autograd graph that leads back to its parameters.
+        tensor: the parameter, or what has the shape, type and autograd graph of what is computed from parameters, but
+            not its data (see `without_data`).
         sources: qualified names of those parameters.
         isometric: it only re-arranges the entries of its sources, each exactly once, so norms carry over.
         row: where it repeats another theta along dimension 0, as `cls_token.expand(n, -1, -1)` does, that one.
@@ -28,6 +29,27 @@ class Theta:
     sources: frozenset[str]
     isometric: bool
     row: Theta | None = None
+
+
+class _WithoutData(torch.autograd.Function):
+    """A tensor's shape and place in the graph on the memory of a single number."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.new_empty(()).expand(tensor.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+def without_data(tensor: Tensor) -> Tensor:
+    """What stands for a computed tensor: gradients taken to it go on to its parameters, and its memory may be freed.
+
+    Otherwise every step between a parameter and its use, such as the table of all pairs of positions in each block,
+    would be kept to the end of the backward pass.
+    """
+    return _WithoutData.apply(tensor)
 
 
 @dataclass(eq=False)

@@ -57,10 +57,10 @@ def per_example_view(call: Any, tensor: Tensor, rows: int, ndim: int) -> Tensor:
     theta = call.theta(tensor)
     aligned = (1,) * (ndim - tensor.ndim) + tuple(tensor.shape)
     if theta.row is not None and aligned[0] == rows:
-        theta, aligned = theta.row, (1, *aligned[1:])
+        theta, aligned, tensor = theta.row, (1, *aligned[1:]), tensor[:1]
     if aligned[0] not in (1, rows):
         call.refuse(f"shape {tuple(tensor.shape)} does not line up with the {rows} rows of the batch in dimension 0")
-    value = theta.tensor.detach()
+    value = tensor.detach()
     if aligned[0] == 1:
         return ExpandUse.apply(call.anchor, value.reshape(aligned[1:]), rows, call.n, call.slot(theta))
     return DiagonalUse.apply(call.anchor, value, call.n, call.slot(theta))
