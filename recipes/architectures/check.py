@@ -30,7 +30,7 @@ NUM_CLASSES = 5
 # Relative errors allowed in float64: of norms and of the sum, and of one parameter's sum.
 TOLERANCE, OWN_TOLERANCE = 1e-9, 1e-6
 # Larger than this the loop over single examples in float64 takes too long here.
-MOST_PARAMETERS = 100_000_000
+MOST_PARAMETERS = 250_000_000
 GROUP_NORM = " with GroupNorm"  # behind the name of an architecture that is checked in that way too
 REFUSALS = (ModelRefused, MixingRefused, CaptureError, DataRefused, RefusedError)
 

@@ -21,7 +21,7 @@ from .reduction import fingerprint as fingerprint_of
 
 
 # Multiples of the usual patches (16, 14, 32) and strides; the first that the architecture takes is used.
-IMAGE_SIZES = (64, 56, 96, 112, 128, 192, 224, 240, 256, 288, 384)
+IMAGE_SIZES = (64, 56, 96, 112, 128, 192, 224, 240, 256, 288, 384, 408)
 
 
 def _small_regnet(arguments: dict[str, Any]) -> dict[str, Any]:
