@@ -7,6 +7,7 @@ import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import safetensors
 import safetensors.torch
@@ -44,7 +45,7 @@ class ResumePoint:
     mark: Mark | None
 
 
-def find_resume_point(resume: str | bool, output_dir: str | Path) -> ResumePoint:
+def find_resume_point(resume: str | Literal[True], output_dir: str | Path) -> ResumePoint:
     """Return the checkpoint `resume`, or for True the last whole one below `output_dir`.
 
     A checkpoint of which a file is missing or changed is passed over. With none at all, the run is taken up at its
@@ -120,9 +121,10 @@ def load_strictly(model: nn.Module, folder: str | Path) -> None:
     """
     folder = Path(folder)
     if isinstance(model, PreTrainedModel):
-        fresh, report = type(model).from_pretrained(
+        loaded: Any = type(model).from_pretrained(
             folder, output_loading_info=True, use_safetensors=True, ignore_mismatched_sizes=True
         )
+        fresh, report = loaded
         state = fresh.state_dict()
         absent = set(report["missing_keys"]) | {name for name, *_ in report["mismatched_keys"]}
         left_over = sorted(report["unexpected_keys"])

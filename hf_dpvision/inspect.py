@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter, process_time
@@ -62,7 +62,7 @@ class PlannedUse:
 def plan(model: nn.Module, batch: Batch, n: int, norm_rule: NormRule, backward_passes: int = 1) -> list[PlannedUse]:
     """The planned uses of one forward pass of `model(**batch)`, in order; private data is not needed, only shapes."""
     with capture(model, batch, n, rule_for) as forward:
-        output = model(*batch) if isinstance(batch, (list, tuple)) else model(**batch)
+        output = model(**batch) if isinstance(batch, Mapping) else model(*batch)
     slots = forward.uses.slots
     saved = forward.interception.saved_bytes()
     del output  # until here it kept alive what a backward pass would need
@@ -75,13 +75,22 @@ def plan(model: nn.Module, batch: Batch, n: int, norm_rule: NormRule, backward_p
 def _planned(slot: Slot, shape: AffineShape | None, choice: Choice, backward_passes: int) -> PlannedUse:
     elements = slot.theta.tensor.numel()
     paper = "ghost" if choose(NormRule.MIXED, shape, backward_passes) is Choice.GHOST else "instantiate"
-    sizes, costs = (None,) * 4, (elements, 0, 0.0, elements, 0)
-    if shape is not None:
-        sizes = shape.positions, shape.inputs, shape.outputs, shape.groups
-        costs = (extra_memory(choice, shape), extra_flops(choice, shape), seconds(choice, shape), held(choice, shape),
-                 shape.flops)  # fmt: skip
-    name = "+".join(sorted(slot.theta.sources))
-    return PlannedUse(name, slot.operation, slot.generic, *sizes, paper, choice.value, *costs)
+    return PlannedUse(
+        parameter="+".join(sorted(slot.theta.sources)),
+        operation=slot.operation,
+        generic=slot.generic,
+        positions=None if shape is None else shape.positions,
+        inputs=None if shape is None else shape.inputs,
+        outputs=None if shape is None else shape.outputs,
+        groups=None if shape is None else shape.groups,
+        paper=paper,
+        choice=choice.value,
+        extra_memory=elements if shape is None else extra_memory(choice, shape),
+        extra_flops=0 if shape is None else extra_flops(choice, shape),
+        extra_seconds=0.0 if shape is None else seconds(choice, shape),
+        held=elements if shape is None else held(choice, shape),
+        flops=0 if shape is None else shape.flops,
+    )
 
 
 def inspect_model(model_name: str, image_size: int, norm_rule: str = "mixed") -> list[PlannedUse]:
@@ -151,7 +160,8 @@ def images_per_second(model_name: str, image_size: int, n: int = 8) -> float:
     from .models import load_model
 
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    model = load_model(model_name, pretrained=False, image_size=image_size, replace_batchnorm="freeze").to(device)
+    model: nn.Module = load_model(model_name, pretrained=False, image_size=image_size, replace_batchnorm="freeze")
+    model.to(device)
     batch = {"pixel_values": torch.randn(n, 3, image_size, image_size, device=device)}
     planner, times = Planner(measure=torch.accelerator.is_available()), []
     for _ in range(4):
@@ -163,7 +173,7 @@ def images_per_second(model_name: str, image_size: int, n: int = 8) -> float:
     return n / median(times[1:])
 
 
-def _losses(module: nn.Module, images: Batch) -> Tensor:
+def _losses(module: nn.Module, images: Mapping[str, Tensor]) -> Tensor:
     output = module(**images)
     return torch.logsumexp(output if isinstance(output, Tensor) else output.logits, dim=-1)
 
@@ -188,11 +198,10 @@ def format_plan(rows: Sequence[PlannedUse]) -> str:
     """The plan as a table, with totals of what ghost, instantiation, the paper's rule and the plan need."""
     head = ("parameter", "operation", "t", "d", "p", "g", "2t^2", "pd", "paper's rule", "planned", "numbers/example",
             "MFLOP/example")  # fmt: skip
-    table = [head]
+    table: list[Sequence[object]] = [head]
     for row in rows:
-        if row.positions is None:
-            sizes = ("", "", "", "", "", "")
-        else:
+        sizes: Sequence[object] = ("",) * 6
+        if row.positions is not None:
             gram, weight = 2 * row.positions**2, row.inputs * row.outputs
             sizes = (row.positions, row.inputs, row.outputs, row.groups, f"{gram:.3g}", f"{weight:.3g}")
         operation = f"{row.operation} (generic: slow)" if row.generic else row.operation

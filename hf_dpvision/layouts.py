@@ -19,9 +19,13 @@ from .sharding import Sharding
 from .training_args import DPTrainingArguments
 
 
-# `run(microbatch, step)` brings a microbatch to the device and hands it, with model and loss, to `step`.
-Runner = Callable[[Any, Callable[[Any], Any]], Any]
 Sums = dict[str, Tensor]
+
+
+class Runner(Protocol):
+    """Brings a microbatch to the device and hands it, with model and loss, to `step`, whose result is returned."""
+
+    def __call__(self, microbatch: Any, step: Callable[..., Any]) -> Any: ...
 
 
 class Layout(Protocol):

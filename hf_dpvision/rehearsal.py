@@ -113,5 +113,5 @@ def _in_full_precision(model: nn.Module) -> nn.Module:
     if "_original_forward" not in vars(model):
         return model
     model = copy.deepcopy(model)
-    model.forward = model._original_forward
+    model.forward = vars(model)["_original_forward"]
     return model

@@ -25,6 +25,7 @@ from .accounting.selection import draw_runs, stopping_of
 from .checkpoints import WEIGHTS
 from .errors import ArgumentRefused, BudgetExceeded
 from .evaluations import MARK
+from .guards_arguments import refuse_arguments
 from .guards_search import refuse_search
 from .plan import facts_of, planned_steps, refuse_changed_facts
 from .progress import SilentProgress, StopWhenSpent
@@ -96,7 +97,7 @@ class SearchingTrainer(PublishingTrainer):
         folder = SearchFolder(self.args.output_dir)
         spent = self._run.plan is not None or (Path(self.args.output_dir) / FOLDER / FILE).exists()
         refuse_search(
-            self, hp_space, n_trials, direction, stopping, spent=spent, resumed=resume, begun=folder.exists
+            self, self.args, hp_space, n_trials, direction, stopping, spent=spent, resumed=resume, begun=folder.exists
         )
         guards.refuse_evaluation_on_training_data(self.eval_dataset, self.train_dataset, self.args)
         with folder.held():
@@ -136,6 +137,8 @@ class SearchingTrainer(PublishingTrainer):
         costs = []
         try:
             for args in [self._with_settings(self.args, candidate) for candidate in candidates] or [self.args]:
+                refuse_arguments(args)
+                guards.refuse_clipping(self.model, args)
                 guards.refuse_dataset(self.train_dataset, args, units)
                 rate, steps = args.logical_batch_size / size, planned_steps(args, size)
                 costs.append(Event(rate, args.noise_multiplier or 0.0, steps))
@@ -211,7 +214,9 @@ class SearchingTrainer(PublishingTrainer):
     def _use(self, args: DPTrainingArguments) -> None:
         self.args = args
         self.create_accelerator_and_postprocess()  # arguments that are made reset what accelerate shares
-        self.optimizer = self.lr_scheduler = None
+        # made for the settings before; the search was refused if there was one that is not of the arguments
+        self.optimizer = self.lr_scheduler = self.optimizer_cls_and_kwargs = None
+        self._spread = {}
         self.model.zero_grad(set_to_none=True)
 
     def _with_settings(

@@ -36,7 +36,7 @@ from probing.report import Record, Score, table, write
 
 from hf_dpvision import DPTrainer, load_model
 from hf_dpvision.backbone import Backbone
-from hf_dpvision.config import parse_arguments, without_folders
+from hf_dpvision.config import argument, parse_arguments, without_folders
 from hf_dpvision.data import (
     DigitsData,
     FilesData,
@@ -59,55 +59,52 @@ PATHS = ("train_dir", "validation_dir", "train_files", "validation_files", "feat
 METHODS = ("gd", "least_squares", "prototypes")
 
 
-def _argument(default: object, help: str) -> object:
-    return field(default=default, metadata={"help": help})
-
 
 @dataclass
 class ProbeArguments:
     """The model, the images, and how heads are fitted."""
 
-    model_name_or_path: str = _argument("timm/deit_tiny_patch16_224.fb_in1k", "Hub id, timm/<name>, or a folder.")
-    image_processor_name: str | None = _argument(None, "Hub id or folder of the image processor, if not the model's.")
-    dataset_name: str | None = _argument(None, "Hub id; 'digits' is scikit-learn's 1,797 scans.")
-    dataset_config_name: str | None = _argument(None, "Configuration of the Hub data set.")
-    train_dir: str | None = _argument(None, "Folder with one sub-folder of images per class.")
-    validation_dir: str | None = _argument(None, "The same for the held-out images.")
-    train_files: str | None = _argument(None, "Local files: a path or a glob pattern.")
-    validation_files: str | None = _argument(None, "The same for the held-out images.")
-    train_val_split: float | None = _argument(None, "Fraction to hold out if there is no held-out part.")
-    label_column_name: str | None = _argument(None, "Column of the classes; found by itself if usual.")
-    max_train_samples: int | None = _argument(None, "Use a random subset (chosen by seed) of this size.")
-    max_eval_samples: int | None = _argument(None, "The same for the held-out images.")
-    image_size: int | None = _argument(None, "Height and width of the model's input, if not the model's own.")
-    crop_pct: float | None = _argument(None, "Part of the picture's shorter edge that is kept; 1 keeps all of it.")
-    seed: int = _argument(0, "Public: decides subsets, never the noise or the batches.")
+    model_name_or_path: str = argument("timm/deit_tiny_patch16_224.fb_in1k", "Hub id, timm/<name>, or a folder.")
+    image_processor_name: str | None = argument(None, "Hub id or folder of the image processor, if not the model's.")
+    dataset_name: str | None = argument(None, "Hub id; 'digits' is scikit-learn's 1,797 scans.")
+    dataset_config_name: str | None = argument(None, "Configuration of the Hub data set.")
+    train_dir: str | None = argument(None, "Folder with one sub-folder of images per class.")
+    validation_dir: str | None = argument(None, "The same for the held-out images.")
+    train_files: str | None = argument(None, "Local files: a path or a glob pattern.")
+    validation_files: str | None = argument(None, "The same for the held-out images.")
+    train_val_split: float | None = argument(None, "Fraction to hold out if there is no held-out part.")
+    label_column_name: str | None = argument(None, "Column of the classes; found by itself if usual.")
+    max_train_samples: int | None = argument(None, "Use a random subset (chosen by seed) of this size.")
+    max_eval_samples: int | None = argument(None, "The same for the held-out images.")
+    image_size: int | None = argument(None, "Height and width of the model's input, if not the model's own.")
+    crop_pct: float | None = argument(None, "Part of the picture's shorter edge that is kept; 1 keeps all of it.")
+    seed: int = argument(0, "Public: decides subsets, never the noise or the batches.")
 
-    features_dir: str = _argument("outputs/features", "Where features are kept, as private as the images.")
-    keep_features: bool = _argument(True, "Keep them for the next run; false deletes them at the end.")
-    half: bool = _argument(False, "Compute features in bfloat16.")
-    feature_batch_size: int = _argument(32, "Images at once while features are computed.")
-    workers: int = _argument(1, "Processes that decode images.")
+    features_dir: str = argument("outputs/features", "Where features are kept, as private as the images.")
+    keep_features: bool = argument(True, "Keep them for the next run; false deletes them at the end.")
+    half: bool = argument(False, "Compute features in bfloat16.")
+    feature_batch_size: int = argument(32, "Images at once while features are computed.")
+    workers: int = argument(1, "Processes that decode images.")
 
     methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": f"Of {', '.join(METHODS)}."})
     epsilons: list[float] = field(default_factory=lambda: [1.0, 2.0, 4.0, 8.0], metadata={"help": "One fit each."})
-    repeats: int = _argument(3, "Private fits of each kind, each with new noise.")
-    target_delta: float = _argument(1e-5, "Delta, below 1 / number of training images.")
-    gd_steps: int = _argument(40, "Steps of gradient descent.")
+    repeats: int = argument(3, "Private fits of each kind, each with new noise.")
+    target_delta: float = argument(1e-5, "Delta, below 1 / number of training images.")
+    gd_steps: int = argument(40, "Steps of gradient descent.")
     gd_learning_rate: list[float] = field(
         default_factory=lambda: [10.0],
         metadata={"help": "Its learning rate, constant, with momentum 0.9: one, or one for each epsilon."},
     )
-    gd_clip_norm: float = _argument(1.0, "Its clip norm.")
-    gd_batch_size: int | None = _argument(None, "Its logical batch; by default everyone takes part in every step.")
-    gd_plain_steps: int = _argument(200, "Steps without privacy.")
-    gd_plain_learning_rate: float = _argument(60.0, "Learning rate without privacy.")
-    least_squares_weight: float = _argument(1.0, "What the cross-moment counts in the release.")
-    least_squares_ridge: float = _argument(1.0, "Ridge as a multiple of what the noise needs.")
-    report: str = _argument(
+    gd_clip_norm: float = argument(1.0, "Its clip norm.")
+    gd_batch_size: int | None = argument(None, "Its logical batch; by default everyone takes part in every step.")
+    gd_plain_steps: int = argument(200, "Steps without privacy.")
+    gd_plain_learning_rate: float = argument(60.0, "Learning rate without privacy.")
+    least_squares_weight: float = argument(1.0, "What the cross-moment counts in the release.")
+    least_squares_ridge: float = argument(1.0, "Ridge as a multiple of what the noise needs.")
+    report: str = argument(
         str(HERE / "linear_probe.md"), "Markdown file that gets a section; the plot goes beside it."
     )
-    record: str | None = _argument(None, "File of JSON lines that gets a line with everything about this run.")
+    record: str | None = argument(None, "File of JSON lines that gets a line with everything about this run.")
 
 
 def main(command_line: list[str]) -> Record:

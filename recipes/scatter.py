@@ -37,7 +37,7 @@ from scattering.transform import CHANNELS, Scattering
 
 from hf_dpvision import DPTrainer, DPTrainingArguments, accounting
 from hf_dpvision.accounting import Bounds, Event, Ledger
-from hf_dpvision.config import parse_arguments, without_folders
+from hf_dpvision.config import argument, parse_arguments, without_folders
 from hf_dpvision.data import FilesData, Split, load_image_data
 from hf_dpvision.data.features import FeatureExamples, cached_features
 from hf_dpvision.data.shards import remove
@@ -52,37 +52,34 @@ COLOURS = 3
 METHOD = "linear head on scattering features"
 
 
-def _argument(default: object, help: str) -> object:
-    return field(default=default, metadata={"help": help})
-
 
 @dataclass
 class ScatterArguments:
     """The images, and how the head is fitted."""
 
-    train_files: str = _argument("", "Local files: a path or a glob pattern.")
-    validation_files: str | None = _argument(None, "The same for the held-out images.")
-    train_val_split: float | None = _argument(None, "Fraction to hold out if there is no held-out part.")
-    label_column_name: str | None = _argument(None, "Column of the classes; found by itself if usual.")
-    max_train_samples: int | None = _argument(None, "Use a random subset (chosen by seed) of this size.")
-    max_eval_samples: int | None = _argument(None, "The same for the held-out images.")
-    image_size: int = _argument(32, "Height and width, a multiple of 4; other pictures are resized.")
-    seed: int = _argument(0, "Public: decides subsets, never the noise or the batches.")
+    train_files: str = argument("", "Local files: a path or a glob pattern.")
+    validation_files: str | None = argument(None, "The same for the held-out images.")
+    train_val_split: float | None = argument(None, "Fraction to hold out if there is no held-out part.")
+    label_column_name: str | None = argument(None, "Column of the classes; found by itself if usual.")
+    max_train_samples: int | None = argument(None, "Use a random subset (chosen by seed) of this size.")
+    max_eval_samples: int | None = argument(None, "The same for the held-out images.")
+    image_size: int = argument(32, "Height and width, a multiple of 4; other pictures are resized.")
+    seed: int = argument(0, "Public: decides subsets, never the noise or the batches.")
 
-    features_dir: str = _argument("outputs/features", "Where features are kept, as private as the images.")
-    keep_features: bool = _argument(True, "Keep them for the next run; false deletes them at the end.")
-    workers: int = _argument(0, "Processes that decode images.")
+    features_dir: str = argument("outputs/features", "Where features are kept, as private as the images.")
+    keep_features: bool = argument(True, "Keep them for the next run; false deletes them at the end.")
+    workers: int = argument(0, "Processes that decode images.")
 
     epsilons: list[float] = field(default_factory=lambda: [3.0], metadata={"help": "One fit each."})
-    repeats: int = _argument(1, "Private fits of each kind, each with new noise.")
-    target_delta: float = _argument(1e-5, "Delta, below 1 / number of training images.")
-    standardisation_noise: float = _argument(20.0, "Noise multiplier of the release of means and deviations.")
-    standardisation_bound: float = _argument(2.0, "Its clip norm, as a multiple of the norm of drawn pictures.")
-    steps: int = _argument(366, "Steps of gradient descent.")
-    batch_size: int = _argument(8192, "Its logical batch.")
-    learning_rate: float = _argument(500.0, "Its learning rate, constant, with momentum 0.9.")
-    clip_norm: float = _argument(0.1, "Its clip norm.")
-    record: str | None = _argument(None, "File of JSON lines that gets a line with everything about this run.")
+    repeats: int = argument(1, "Private fits of each kind, each with new noise.")
+    target_delta: float = argument(1e-5, "Delta, below 1 / number of training images.")
+    standardisation_noise: float = argument(20.0, "Noise multiplier of the release of means and deviations.")
+    standardisation_bound: float = argument(2.0, "Its clip norm, as a multiple of the norm of drawn pictures.")
+    steps: int = argument(366, "Steps of gradient descent.")
+    batch_size: int = argument(8192, "Its logical batch.")
+    learning_rate: float = argument(500.0, "Its learning rate, constant, with momentum 0.9.")
+    clip_norm: float = argument(0.1, "Its clip norm.")
+    record: str | None = argument(None, "File of JSON lines that gets a line with everything about this run.")
 
 
 @dataclass(frozen=True)

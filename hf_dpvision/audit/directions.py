@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from ..errors import ArgumentRefused
+from .audited import AuditedTrainer
 
 
 Direction = Mapping[str, Tensor]  # qualified parameter name -> its part of a vector over all trainable parameters
@@ -44,7 +45,7 @@ def refuse_mixed_directions(directions: Sequence[Direction]) -> None:
         )
 
 
-def released_along(directions: Sequence[Direction], trainer: Trainer) -> np.ndarray:
+def released_along(directions: Sequence[Direction], trainer: AuditedTrainer) -> np.ndarray:
     """Train, and return the released gradient of every step along each direction, `[steps, k]`."""
     projections = _Projections(directions)
     trainer.add_callback(projections)
@@ -61,9 +62,9 @@ class _Projections(TrainerCallback):
         self.values: list[np.ndarray] = []
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
-        found = sum(
+        along = [
             self._matrix[name].double() @ parameter.grad.detach().flatten().double().cpu()
             for name, parameter in model.named_parameters()
             if parameter.requires_grad
-        )
-        self.values.append(found.numpy())
+        ]
+        self.values.append(torch.stack(along).sum(0).numpy())

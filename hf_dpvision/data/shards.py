@@ -193,7 +193,8 @@ class _Pass:
         self._reader = Reader(stream, features, None if last is None else last.state)
         self._seen = 0 if last is None else last.first
         self._waiting: list[pa.Table] = []
-        self._began, self._state = progress.seen, None
+        self._began = progress.seen
+        self._state: dict[str, Any] | None = None
 
     def run(self, look: Callable[[pa.Table, int], None]) -> Progress:
         tables = iter(self._reader)

@@ -144,7 +144,7 @@ class WeightAverage:
         if self.count < 2 or not isinstance(self._weighting, Tail):
             return {}
         entries = sum(average.numel() for average in self._averages.values())  # of whole tensors
-        squared_norm = self._over_shards(sum(average.square().sum() for average, _ in self._pairs()))
+        squared_norm = self._over_shards(torch.stack([average.square().sum() for average, _ in self._pairs()]).sum())
         variance = max(self._over_shards(self._squares), 0.0) / (self.count - 1)
         return {
             "averaged_steps": self.count,

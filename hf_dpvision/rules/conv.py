@@ -99,7 +99,8 @@ class Geometry:
 
     def at_positions(self, x: Tensor) -> Tensor:
         """`x [n, c, *spatial]` at the positions of a `pointwise` convolution, `[n, c, t]`."""
-        return x[(..., *(slice(None, None, step) for step in self.stride))].flatten(2)
+        places: tuple[Any, ...] = (..., *(slice(None, None, step) for step in self.stride))
+        return x[places].flatten(2)
 
     @property
     def overlap(self) -> int:
@@ -209,7 +210,7 @@ class ConvUse(torch.autograd.Function):
 class Folded(PerExampleGradient):
     """A form over `n * k` rows, `k` adjacent rows per example, seen as one over `n` examples."""
 
-    def __init__(self, rows: PerExampleGradient, n: int) -> None:
+    def __init__(self, rows: ConvGradient, n: int) -> None:
         self.rows, self.n = rows, n
 
     def _per_row(self, values: Tensor) -> Tensor:
