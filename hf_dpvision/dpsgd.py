@@ -86,30 +86,27 @@ def clipped_gradient(
         MixingRefused: an operation lets examples influence one another, or hides which row is whose.
         CaptureError: a trainable parameter was used in a way that cannot be seen, or none was used.
     """
-    rule = _checked(norm_rule, backward_passes)
-    n = batch_size(batch, rows)
-    if not memory_bound > 0:
-        raise ArgumentRefused(f"memory_bound={memory_bound!r} is not a positive ratio. 1.05 allows five percent more.")
+    rule, n = _checked(norm_rule, backward_passes, memory_bound), batch_size(batch, rows)
     if n == 0:
-        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        return ClippedGradient(zeros(parameters), torch.zeros(0))
+        return _of_no_example(model)
     forward, losses = _captured_losses(model, per_example_loss, batch, n)
     with _full_precision(losses):
         groups = _groups(clipping, forward)
         collector = _collector(forward, rule, backward_passes, planner or Planner(memory_bound), groups)
         forward.backward(losses, collector.receive, retain=collector.backward_passes == 2)
         squared_norms = collector.squared_norms()
-        factors = groups.factors(squared_norms)
         if collector.backward_passes == 1:
-            gradients = collector.weighted_sums(factors)
+            gradients = collector.weighted_sums(groups.factors(squared_norms))
         else:
-            # The factors enter where the gradients are summed, so that these are the very ones whose norms are known:
-            # weighted losses would be rounded differently on their way back, in bfloat16 by more than a percent.
             sums = Sums(forward.uses)
-            summer = Summer(forward.uses, groups.columns, factors, finite_examples(squared_norms), sums.add)
-            forward.backward(losses, summer.receive, retain=False)
+            _second_pass(forward, losses, groups, squared_norms, sums.add)
             gradients = sums.complete()
     return ClippedGradient(gradients, squared_norms.sum(1).sqrt())
+
+
+def _of_no_example(model: nn.Module) -> ClippedGradient:
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return ClippedGradient(zeros(parameters), torch.zeros(0))
 
 
 def add_clipped_gradient_to_shards(
@@ -153,10 +150,21 @@ def add_clipped_gradient_to_shards(
             )
         squared_norms = collector.squared_norms()
         add = partial(_add_to_gathered, forward.uses.parameters)
-        factors, finite = groups.factors(squared_norms), finite_examples(squared_norms)
-        summer = Summer(forward.uses, groups.columns, factors, finite, add)
-        forward.backward(losses, summer.receive, retain=False)
+        _second_pass(forward, losses, groups, squared_norms, add)
     return squared_norms.sum(1).sqrt()
+
+
+def _second_pass(
+    forward: Captured, losses: Tensor, groups: Groups, squared_norms: Tensor, add: Callable[[str, Tensor], None]
+) -> None:
+    """Hand every share of the clipped sum to `add`, by the name of its parameter.
+
+    The factors enter where the gradients are summed, so that these are the very ones whose norms are known: weighted
+    losses would be rounded differently on their way back, in bfloat16 by more than a percent.
+    """
+    factors, finite = groups.factors(squared_norms), finite_examples(squared_norms)
+    summer = Summer(forward.uses, groups.columns, factors, finite, add)
+    forward.backward(losses, summer.receive, retain=False)
 
 
 def _add_to_gathered(parameters: Mapping[str, nn.Parameter], name: str, share: Tensor) -> None:
@@ -228,7 +236,9 @@ def batch_size(batch: Batch, rows: int = 1) -> int:
     return length // rows
 
 
-def _checked(norm_rule: NormRule | str, backward_passes: int) -> NormRule:
+def _checked(norm_rule: NormRule | str, backward_passes: int, memory_bound: float = 1.05) -> NormRule:
+    if not memory_bound > 0:
+        raise ArgumentRefused(f"memory_bound={memory_bound!r} is not a positive ratio. 1.05 allows five percent more.")
     if backward_passes not in (1, 2):
         raise ArgumentRefused(
             f"backward_passes={backward_passes!r}: the clipped sum takes one backward pass (fast) or two (least "

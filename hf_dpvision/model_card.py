@@ -101,7 +101,20 @@ def render_model_card(
             f"the privacy statement lacks a field that the card must state ({error}): pass what "
             "trainer.privacy_statement() returns, unchanged."
         ) from error
-    front = ModelCardData(
+    front = _front_matter(statement, model_name, base_model, datasets, license, library_name, results)
+    return f"---\n{front.to_yaml().strip()}\n---\n\n{text}"
+
+
+def _front_matter(
+    statement: Mapping[str, Any],
+    model_name: str,
+    base_model: str | None,
+    datasets: Sequence[str],
+    license: str | None,
+    library_name: str,
+    results: Sequence[CardResult],
+) -> ModelCardData:
+    return ModelCardData(
         model_name=_last_part(model_name),
         base_model=base_model if _is_hub_id(base_model) else None,
         datasets=[name for name in datasets if _is_hub_id(name)] or None,
@@ -112,7 +125,6 @@ def render_model_card(
         eval_results=[_eval_result(result) for result in results if result.released] or None,
         differential_privacy=dict(statement),
     )
-    return f"---\n{front.to_yaml().strip()}\n---\n\n{text}"
 
 
 def privacy_blocks(statement: Mapping[str, Any]) -> list[str]:

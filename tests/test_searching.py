@@ -1,4 +1,7 @@
-"""A search over settings states what all of it costs, also after it was killed, and lets nothing else out."""
+"""A search over settings states what all of it costs, also after it was killed, and lets nothing else out.
+
+Long, because both ways to pay are held to the same properties.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The recipe runs end to end on tiny data, says what it must, keeps quiet about the rest, and refuses in time."""
+"""The recipe runs end to end on tiny data, says what it must, keeps quiet about the rest, and refuses in time.
+
+Long, because one recipe with many options makes for many properties of one thing.
+"""
 
 from __future__ import annotations
 
