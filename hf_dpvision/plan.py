@@ -18,6 +18,7 @@ from .accounting.search import search_of
 from .errors import ArgumentRefused, BudgetExceeded
 from .streaming import RowSource
 from .training_args import DPTrainingArguments
+from .waiting import waiting
 
 
 logger = logging.getLogger(__name__)
@@ -79,13 +80,14 @@ def make_plan(args: DPTrainingArguments, dataset_size: int, charged: int, before
         sigma, total = before.noise_multiplier, before.total_steps
         _refuse_overrun(steps, charged, before)
     elif target is not None:
-        sigma = accounting.noise_multiplier(
-            target_epsilon=target,
-            delta=args.target_delta,
-            sample_rate=args.logical_batch_size / dataset_size,
-            steps=steps,
-            accountant=args.accountant,
-        )
+        with waiting("calibrating the noise", quiet=not args.shows_progress):
+            sigma = accounting.noise_multiplier(
+                target_epsilon=target,
+                delta=args.target_delta,
+                sample_rate=args.logical_batch_size / dataset_size,
+                steps=steps,
+                accountant=args.accountant,
+            )
     return Plan(dataset_size, args.logical_batch_size, steps, total, sigma, target, args.target_delta, charged)
 
 

@@ -36,6 +36,7 @@ from .search_space import Space, drawn_candidates
 from .search_state import Result, SearchFolder, SearchState
 from .termination import StopWhenTerminated
 from .training_args import DPTrainingArguments
+from .waiting import waiting
 
 
 RECORD = "search.json"
@@ -115,16 +116,17 @@ class SearchingTrainer(PublishingTrainer):
         count = draw_runs(stopping) if runs is None else runs
         candidates = drawn_candidates(space, count, composed=stopping is None, calibrated=target is not None)
         facts, costs, sigma = *self._planned(candidates), None
-        if target is not None and stopping is None:
-            sigma = noise_multiplier_of_runs(
-                [(event.sample_rate, event.steps) for event in costs],
-                target_epsilon=target, delta=delta, accountant=self.args.accountant,
-            )  # fmt: skip
-        elif target is not None:
-            sigma = noise_multiplier_of_search(
-                target_epsilon=target, delta=delta, sample_rate=costs[0].sample_rate, steps=costs[0].steps,
-                stopping=stopping,
-            )  # fmt: skip
+        with waiting("calibrating the noise of the search", quiet=not self.args.shows_progress):
+            if target is not None and stopping is None:
+                sigma = noise_multiplier_of_runs(
+                    [(event.sample_rate, event.steps) for event in costs],
+                    target_epsilon=target, delta=delta, accountant=self.args.accountant,
+                )  # fmt: skip
+            elif target is not None:
+                sigma = noise_multiplier_of_search(
+                    target_epsilon=target, delta=delta, sample_rate=costs[0].sample_rate, steps=costs[0].steps,
+                    stopping=stopping,
+                )  # fmt: skip
         priced_runs = costs if sigma is None else [replace(event, noise_multiplier=sigma) for event in costs]
         tqdm.write(announced(self.args, priced_runs, stopping))
         record = None if stopping is None else stopping.to_dict()

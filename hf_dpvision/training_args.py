@@ -232,6 +232,11 @@ class DPTrainingArguments(
         return False if self.fsdp else super().place_model_on_device
 
     @property
+    def shows_progress(self) -> bool:
+        """Whether this process shows that something takes long."""
+        return self.should_log and not self.disable_tqdm
+
+    @property
     def rows_per_unit(self) -> int:
         """How many rows of a microbatch are clipped as one: all views of all examples of a unit in one step."""
         return self.augmentation_multiplicity * (self.examples_per_unit or 1)

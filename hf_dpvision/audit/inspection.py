@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
 from ..data.examples import Streamed
 from ..errors import ArgumentRefused
@@ -126,13 +127,15 @@ def _refuse(trainer: AuditedTrainer) -> None:
 
 def _losses(trainer: AuditedTrainer, audited: CanarySet) -> np.ndarray:
     """The loss of every canary, in or not, in evaluation mode; `[canaries]`."""
-    size = max(1, trainer.args.per_device_eval_batch_size)
+    args = trainer.args
+    size = max(1, args.per_device_eval_batch_size)
     trainer.model.eval()
     found = []
     with torch.no_grad():
-        for start in range(0, len(audited.canaries), size):
+        starts = range(0, len(audited.canaries), size)
+        for start in tqdm(starts, "losses of the canaries", delay=2, leave=False, disable=not args.shows_progress):
             batch = trainer.data_collator(list(audited.canaries[start : start + size]))
-            found.append(trainer.per_sample_loss(trainer.model, _on(batch, trainer.args.device)).float().cpu())
+            found.append(trainer.per_sample_loss(trainer.model, _on(batch, args.device)).float().cpu())
     return torch.cat(found).numpy()
 
 
