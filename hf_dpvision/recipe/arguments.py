@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,10 +14,8 @@ from ..trainable import chosen_layers
 from ..training_args import DPTrainingArguments
 
 
-PATHS = (
-    "train_dir", "validation_dir", "train_files", "validation_files", "output_dir", "cache_dir", "results_table",
-    "results_summary", "results_record",
-)  # fmt: skip
+SOURCE_PATHS = ("train_dir", "validation_dir", "train_files", "validation_files", "cache_dir")
+PATHS = (*SOURCE_PATHS, "output_dir", "results_table", "results_summary", "results_record")
 SECRET = {"token", "hub_token"}
 LORA = "lora"
 
@@ -52,8 +50,8 @@ class ModelArguments:
 
 
 @dataclass
-class DataTrainingArguments:
-    """The images, their preparation, and what is reported. One of dataset_name, train_dir, train_files is needed."""
+class SourceArguments:
+    """Where the images are, and which of them are used. One of dataset_name, train_dir, train_files is needed."""
 
     dataset_name: str | None = argument(None, "Hub id or local data set; 'digits' is scikit-learn's 1,797 scans.")
     dataset_config_name: str | None = argument(None, "Configuration of the Hub data set.")
@@ -63,8 +61,6 @@ class DataTrainingArguments:
         None, "Local files (parquet, Arrow, CSV with paths of images, tar as of WebDataset): a path or a glob pattern."
     )
     validation_files: str | None = argument(None, "The same for the held-out images.")
-    train_split: str = argument("train", "Name of the training part.")
-    eval_split: str | None = argument(None, "Name of the held-out part; by default validation, else test.")
     train_val_split: float | None = argument(None, "Fraction of the training part to hold out if there is no other.")
     max_train_samples: int | None = argument(
         None, "Train on a random subset (chosen by seed) of this size; of a stream on its first rows."
@@ -72,16 +68,22 @@ class DataTrainingArguments:
     max_eval_samples: int | None = argument(
         None, "Evaluate on a random subset (chosen by seed) of this size; of a stream on its first rows."
     )
+    image_column_name: str | None = argument(None, "Column of the images; found by itself if usual.")
+    label_column_name: str | None = argument(None, "Column of the classes; found by itself if usual.")
+    cache_dir: str | None = argument(None, "Where prepared data sets are kept.")
+    token: str | None = argument(None, "Access token for a private Hub data set.")
+
+
+@dataclass
+class DataTrainingArguments(SourceArguments):
+    """The images, their preparation, and what is reported."""
+
+    train_split: str = argument("train", "Name of the training part.")
+    eval_split: str | None = argument(None, "Name of the held-out part; by default validation, else test.")
     streaming: bool = argument(
         False, "Train on a stream that is never downloaded as a whole; see stream_sampling and train_dataset_size."
     )
-    image_column_name: str | None = argument(None, "Column of the images; found by itself if usual.")
-    label_column_name: str | None = argument(None, "Column of the classes; found by itself if usual.")
-    class_names: list[str] | None = field(
-        default=None, metadata={"help": "Class names in order; they are declared, never read off the labels."}
-    )
-    cache_dir: str | None = argument(None, "Where prepared data sets are kept.")
-    token: str | None = argument(None, "Access token for a private Hub data set.")
+    class_names: list[str] | None = argument(None, "Class names in order; declared, never read off the labels.")
     check_images: bool = argument(
         True, "Decode every image once before training, to refuse broken files in time; a stream is not checked."
     )
@@ -143,7 +145,7 @@ def resume_point(training_args: DPTrainingArguments) -> str | bool | None:
     return True if str(asked).lower() == "true" else asked
 
 
-def data_source(args: DataTrainingArguments) -> Source:
+def data_source(args: SourceArguments) -> Source:
     """Return the one source of images that the arguments name."""
     given = [name for name in ("dataset_name", "train_dir", "train_files") if getattr(args, name) is not None]
     if len(given) != 1:
@@ -160,7 +162,7 @@ def data_source(args: DataTrainingArguments) -> Source:
     return HubData(args.dataset_name, args.dataset_config_name, args.cache_dir, args.token)
 
 
-def data_name(args: DataTrainingArguments) -> str:
+def data_name(args: SourceArguments) -> str:
     """Return how the data set is called in public: a Hub id, or the name of the folder the files are in."""
     if args.train_dir is not None:
         return Path(args.train_dir).resolve().name

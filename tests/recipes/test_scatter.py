@@ -177,7 +177,7 @@ def test_a_run_charges_both_releases_and_leaves_its_record(recipe, tmp_path):
 @pytest.mark.parametrize(
     "more, message",
     [
-        ([], "train_files says"),
+        ([], "exactly one of dataset_name"),
         (["--train_files", "a.parquet", "--image_size", "18"], "multiple of 4"),
         (["--train_files", "a.parquet", "--repeats", "0"], "at least one fit"),
     ],
