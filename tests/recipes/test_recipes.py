@@ -5,13 +5,13 @@ Long, because one recipe with many options makes for many properties of one thin
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from loading import loaded_recipe
 from PIL import Image
 from transformers import (
     AutoImageProcessor,
@@ -41,12 +42,9 @@ SCRIPT = RECIPES / "finetune_image_classification.py"
 
 
 @pytest.fixture(scope="module")
-def recipe() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("finetune_image_classification", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up by name
-    spec.loader.exec_module(module)
-    return module
+def recipe() -> Iterator[ModuleType]:
+    with loaded_recipe("finetune_image_classification") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
