@@ -118,7 +118,7 @@ def _folded(source: _BatchNorm, groups: int) -> tuple[nn.Parameter | None, nn.Pa
     With mean `mu` and deviation `sigma` of a channel, `m` and `s` of its group:
     `(x - mu) / sigma * w + b = (x - m) / s * (w s / sigma) + (b + w (m - mu) / sigma)`.
     """
-    if source.weight is None or source.running_mean is None:
+    if source.weight is None or source.running_mean is None or source.running_var is None:
         return source.weight, source.bias
     mean, variance = source.running_mean.double(), source.running_var.double()
     by_group = mean.view(groups, -1)

@@ -84,7 +84,7 @@ class ClippingArguments:
         style = STYLES[self.clipping_function](max_norm=self.per_sample_max_grad_norm)
         if not self.clips_groups:
             return style
-        groups = GROUPINGS[self.clipping] if self.clipping in GROUPINGS else ByPrefix(self._named_groups())
+        groups = GROUPINGS[self.clipping] if self.clipping in GROUPINGS else ByPrefix(self._named_groups() or {})
         return PerGroup(style, groups, Shares(self.clipping_shares))
 
     def _named_groups(self) -> dict[str, str] | None:

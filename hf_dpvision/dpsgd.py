@@ -221,8 +221,8 @@ def batch_size(batch: Batch, rows: int = 1) -> int:
     """
     named = batch.items() if isinstance(batch, Mapping) else enumerate(batch)
     sizes = {key: tuple(value.shape) for key, value in named if isinstance(value, Tensor)}
-    lengths = {shape[0] if shape else None for shape in sizes.values()}
-    if len(lengths) != 1 or None in lengths:
+    lengths = {shape[0] for shape in sizes.values() if shape}
+    if len(lengths) != 1 or not all(sizes.values()):
         raise DataRefused(
             f"batch has tensors of shapes {sizes}: dimension 0 of each must be the number of examples, so that each "
             "example's share can be told apart. Pass a mapping or tuple of tensors that agree about it."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -57,6 +58,17 @@ class PlannedUse:
     extra_seconds: float
     held: int
     flops: int
+
+    @property
+    def ghost_numbers(self) -> int:
+        """Numbers per example in both Gram matrices, 2 g t^2; 0 where the use is always instantiated."""
+        return 0 if self.groups is None or self.positions is None else 2 * self.groups * self.positions**2
+
+    @property
+    def gradient_numbers(self) -> int:
+        """Numbers per example in an instantiated gradient, g d p; 0 likewise."""
+        sizes = (self.groups, self.inputs, self.outputs)
+        return math.prod(size or 0 for size in sizes)
 
 
 def plan(model: nn.Module, batch: Batch, n: int, norm_rule: NormRule, backward_passes: int = 1) -> list[PlannedUse]:
@@ -159,7 +171,7 @@ def images_per_second(model_name: str, image_size: int, n: int = 8) -> float:
     """
     from .models import load_model
 
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     model: nn.Module = load_model(model_name, pretrained=False, image_size=image_size, replace_batchnorm="freeze")
     model.to(device)
     batch = {"pixel_values": torch.randn(n, 3, image_size, image_size, device=device)}
@@ -201,8 +213,8 @@ def format_plan(rows: Sequence[PlannedUse]) -> str:
     table: list[Sequence[object]] = [head]
     for row in rows:
         sizes: Sequence[object] = ("",) * 6
-        if row.positions is not None:
-            gram, weight = 2 * row.positions**2, row.inputs * row.outputs
+        if row.positions is not None and row.groups is not None:
+            gram, weight = row.ghost_numbers // row.groups, row.gradient_numbers // row.groups
             sizes = (row.positions, row.inputs, row.outputs, row.groups, f"{gram:.3g}", f"{weight:.3g}")
         operation = f"{row.operation} (generic: slow)" if row.generic else row.operation
         cost = (f"{row.extra_memory:.3g}", f"{row.extra_flops / 1e6:.3g}")
@@ -214,12 +226,9 @@ def format_plan(rows: Sequence[PlannedUse]) -> str:
 
 def _totals(rows: Sequence[PlannedUse]) -> str:
     affine = [row for row in rows if row.positions is not None]
-    ghost = sum(2 * row.groups * row.positions**2 for row in affine)
-    weights = sum(row.groups * row.inputs * row.outputs for row in affine)
-    paper = sum(
-        2 * row.groups * row.positions**2 if row.paper == "ghost" else row.groups * row.inputs * row.outputs
-        for row in affine
-    )
+    ghost = sum(row.ghost_numbers for row in affine)
+    weights = sum(row.gradient_numbers for row in affine)
+    paper = sum(row.ghost_numbers if row.paper == "ghost" else row.gradient_numbers for row in affine)
     planned = sum(row.extra_memory for row in affine)
     extra = sum(row.extra_seconds for row in affine)
     plain = sum(non_private_seconds(row.flops) for row in affine)

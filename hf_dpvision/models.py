@@ -119,9 +119,9 @@ def load_model(
 
 def _labels(num_labels: int | None, id2label: Mapping[int, str] | None) -> dict[int, str] | None:
     """Return class index -> name, or None where the checkpoint decides."""
-    if id2label is None and num_labels is None:
-        return None
     if id2label is None:
+        if num_labels is None:
+            return None
         id2label = numbered_labels(num_labels)
     labels = {int(index): str(label) for index, label in id2label.items()}
     if not labels or num_labels not in (None, len(labels)):

@@ -54,9 +54,11 @@ class StatingTrainer(Trainer):
 
     Attributes:
         args: the training and privacy arguments.
+        model: what is trained.
     """
 
     args: DPTrainingArguments
+    model: nn.Module
     _run: PrivacyRun  # set by the trainer that trains
     _report: RunReport  # likewise
     _draft: Draft | None = None  # while a checkpoint is being written

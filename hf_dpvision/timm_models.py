@@ -89,7 +89,7 @@ def load_timm(location: str, timm_name: str, saved: dict[str, Any], wanted: Want
         saved: Content of config.json; empty for a name of timm's registry.
         wanted: What the caller asked for.
     """
-    described = saved.get("pretrained_cfg") or timm.get_pretrained_cfg(timm_name, allow_unregistered=False).to_dict()
+    described = saved.get("pretrained_cfg") or _registered(timm_name)
     arguments: dict[str, Any] = {}
     if wanted.labels is not None:
         arguments["num_classes"] = len(wanted.labels)
@@ -109,12 +109,19 @@ def load_timm(location: str, timm_name: str, saved: dict[str, Any], wanted: Want
     return model
 
 
+def _registered(name: str) -> dict[str, Any]:
+    found = timm.get_pretrained_cfg(name, allow_unregistered=False)
+    if found is None:
+        raise ModelRefused(f"timm has no weights under the name {name!r}.")
+    return found.to_dict()
+
+
 def _load_without_statistics(location: str, saved: dict[str, Any], arguments: dict[str, Any]) -> TimmModule:
     """Load weights saved with GroupNorm into the BatchNorm model they came from, to be replaced again.
 
     timm refuses a state without running statistics, so it gets neutral ones, which the replacement drops.
     """
-    state = timm.models.load_state_dict(cached_file(location, SAFE_WEIGHTS_NAME))
+    state = timm.models.load_state_dict(str(cached_file(location, SAFE_WEIGHTS_NAME)))
     arguments = saved.get("model_args", {}) | {"num_classes": saved["num_classes"]} | arguments
     for name, tensor in _created(saved["architecture"], **arguments).state_dict().items():
         if name.endswith(STATISTICS):

@@ -65,6 +65,6 @@ class _Projections(TrainerCallback):
         along = [
             self._matrix[name].double() @ parameter.grad.detach().flatten().double().cpu()
             for name, parameter in model.named_parameters()
-            if parameter.requires_grad
+            if parameter.requires_grad and parameter.grad is not None
         ]
         self.values.append(torch.stack(along).sum(0).numpy())

@@ -104,6 +104,8 @@ def _loaded(file: Path) -> ModuleType:
         raise ArgumentRefused(f"There is no file {file}.")
     name = f"audited_{file.stem}"  # no module that is already there
     spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ArgumentRefused(f"{file} is no Python file.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # where dataclasses look themselves up
     with _importable(file.resolve().parent):

@@ -165,8 +165,10 @@ def make_private(folder: Path) -> None:
 
 
 def _opened(folder: Path) -> Dataset:
-    shards = Progress.read(folder).shards
-    return concatenate_datasets([Dataset.from_file(str(folder / shard.file)) for shard in shards])
+    progress = Progress.read(folder)
+    if progress is None:
+        raise DataRefused(f"the rows kept in {folder.name!r} cannot be read. Delete it to begin the pass anew.")
+    return concatenate_datasets([Dataset.from_file(str(folder / shard.file)) for shard in progress.shards])
 
 
 def _begun(folder: Path, identity: Mapping[str, Any]) -> Progress:
@@ -224,7 +226,8 @@ class _Pass:
             table = next(tables, None)
             count = 0 if table is None else len(table)
             start, end = np.searchsorted(arrivals, [self._seen, self._seen + count])
-            same = count and table.take(arrivals[start:end] - self._seen).equals(before.slice(start, end - start))
+            kept = before.slice(start, end - start)
+            same = table is not None and count and table.take(arrivals[start:end] - self._seen).equals(kept)
             if not same or self._seen + count > self._progress.seen:
                 raise DataRefused(
                     f"the stream {self._part!r} gives other rows than before, from row {self._seen} on: some images "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +108,7 @@ class WeightAverage:
             return
         if self._averages is None:
             self._averages = self._copies()
-        for average, value in self._pairs():
+        for average, value in self._pairs(self._averages):
             before = value - average
             average.lerp_(value, weight)
             # Welford 1962; the sum of squared deviations where all weights are alike
@@ -141,10 +141,11 @@ class WeightAverage:
             variance over these iterates. `relative_iterate_std`: root of the sum of these variances, divided by the
             norm of the average.
         """
-        if self.count < 2 or not isinstance(self._weighting, Tail):
+        if self.count < 2 or self._averages is None or not isinstance(self._weighting, Tail):
             return {}
         entries = sum(average.numel() for average in self._averages.values())  # of whole tensors
-        squared_norm = self._over_shards(torch.stack([average.square().sum() for average, _ in self._pairs()]).sum())
+        squares = [average.square().sum() for average, _ in self._pairs(self._averages)]
+        squared_norm = self._over_shards(torch.stack(squares).sum())
         variance = max(self._over_shards(self._squares), 0.0) / (self.count - 1)
         return {
             "averaged_steps": self.count,
@@ -190,15 +191,15 @@ class WeightAverage:
         if self._averages is None:
             return
         sharding.free_gathered(self._model)
-        for average, value in self._pairs():
+        for average, value in self._pairs(self._averages):
             iterate = value.clone()
             value.copy_(average)
             average.copy_(iterate)
 
-    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _pairs(self, averages: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """(average, iterate), as far as this process has them."""
         for name, parameter in self._parameters().items():
-            yield sharding.local_part(self._averages[name]), sharding.local_part(parameter.detach())
+            yield sharding.local_part(averages[name]), sharding.local_part(parameter.detach())
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self._model.named_parameters() if parameter.requires_grad}

@@ -147,19 +147,21 @@ def resume_point(training_args: DPTrainingArguments) -> str | bool | None:
 
 def data_source(args: SourceArguments) -> Source:
     """Return the one source of images that the arguments name."""
-    given = [name for name in ("dataset_name", "train_dir", "train_files") if getattr(args, name) is not None]
+    named = {name: getattr(args, name) for name in ("dataset_name", "train_dir", "train_files")}
+    given = {name: value for name, value in named.items() if value is not None}
     if len(given) != 1:
         raise ArgumentRefused(
             "exactly one of dataset_name, train_dir and train_files says where the images are; given: "
             f"{', '.join(given) or 'none'}."
         )
-    if args.train_dir is not None:
-        return FolderData(args.train_dir, args.validation_dir, args.cache_dir)
-    if args.train_files is not None:
-        return FilesData(args.train_files, args.validation_files, args.cache_dir, args.image_column_name)
-    if args.dataset_name == "digits":
+    ((kind, source),) = given.items()
+    if kind == "train_dir":
+        return FolderData(source, args.validation_dir, args.cache_dir)
+    if kind == "train_files":
+        return FilesData(source, args.validation_files, args.cache_dir, args.image_column_name)
+    if source == "digits":
         return DigitsData()
-    return HubData(args.dataset_name, args.dataset_config_name, args.cache_dir, args.token)
+    return HubData(source, args.dataset_config_name, args.cache_dir, args.token)
 
 
 def data_name(args: SourceArguments) -> str:
@@ -168,4 +170,4 @@ def data_name(args: SourceArguments) -> str:
         return Path(args.train_dir).resolve().name
     if args.train_files is not None:
         return Path(args.train_files).resolve().parent.name
-    return args.dataset_name
+    return str(args.dataset_name)
