@@ -20,6 +20,7 @@ from .accounting.journal import Mark
 from .drafts import CHECKSUMS, checksum
 from .errors import ArgumentRefused, ModelRefused
 from .statement import STATEMENT_FILE
+from .trained import trained_parameters
 
 
 WEIGHTS = "model.safetensors"
@@ -154,8 +155,7 @@ def refuse_partly_loaded_adapter(model: nn.Module, folder: str | Path, adapter: 
     saved = safetensors.torch.load_file(Path(folder) / ADAPTER_WEIGHTS)
     wanted: dict[str, Tensor] = {
         name.replace(f".modules_to_save.{adapter}", "").replace(f".{adapter}", ""): parameter.detach().cpu()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
+        for name, parameter in trained_parameters(model).items()
     }
     lost = [name for name, value in wanted.items() if name not in saved or not torch.equal(saved[name], value)]
     left_over = sorted(saved.keys() - wanted.keys())

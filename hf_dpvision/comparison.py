@@ -20,6 +20,7 @@ from .dpsgd import Batch, ClippedGradient, PerExampleLoss, batch_size, clipped_g
 from .errors import ModelRefused
 from .rules import rule_for
 from .rules.cost import NormRule
+from .trained import trained_parameters
 
 
 _DROPOUTS = {
@@ -176,10 +177,9 @@ def _perturbed_copy(model: nn.Module) -> nn.Module:
     copied = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in copied.parameters():
-            if parameter.requires_grad:
-                noise = torch.randn(parameter.shape, generator=generator).to(parameter)
-                parameter.add_(noise, alpha=0.02)
+        for parameter in trained_parameters(copied).values():
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+            parameter.add_(noise, alpha=0.02)
     return copied
 
 
@@ -190,7 +190,7 @@ def _loop(
 
     Each example is run twice in one batch and the mean taken: some CPU kernels are wrong for a batch of one.
     """
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = trained_parameters(model)
     gradients = []
     for i in range(n):
         losses = per_example_loss(model, _twice(batch, i, rows))

@@ -22,6 +22,7 @@ from .rules import rule_for
 from .rules.cost import NormRule
 from .rules.planner import Planner
 from .sharding import followed
+from .trained import trained_parameters
 
 
 Batch = Mapping[str, Any] | Sequence[Any]
@@ -88,7 +89,7 @@ def clipped_gradient(
     """
     rule, n = _checked(norm_rule, backward_passes, memory_bound), batch_size(batch, rows)
     if n == 0:
-        return _of_no_example(model)
+        return ClippedGradient(zeros(trained_parameters(model)), torch.zeros(0))
     forward, losses = _captured_losses(model, per_example_loss, batch, n)
     with _full_precision(losses):
         groups = _groups(clipping, forward)
@@ -103,10 +104,6 @@ def clipped_gradient(
             gradients = sums.complete()
     return ClippedGradient(gradients, squared_norms.sum(1).sqrt())
 
-
-def _of_no_example(model: nn.Module) -> ClippedGradient:
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return ClippedGradient(zeros(parameters), torch.zeros(0))
 
 
 def add_clipped_gradient_to_shards(

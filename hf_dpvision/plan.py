@@ -17,6 +17,7 @@ from .accounting import Search
 from .accounting.search import search_of
 from .errors import ArgumentRefused, BudgetExceeded
 from .streaming import RowSource
+from .trained import trained_parameters
 from .training_args import DPTrainingArguments
 from .waiting import waiting
 
@@ -279,7 +280,7 @@ def _refuse_overrun(steps: int, charged: int, before: Plan) -> None:
 
 
 def _trainable(model: nn.Module) -> dict[str, Any]:
-    shapes = sorted((name, list(p.shape)) for name, p in model.named_parameters() if p.requires_grad)
+    shapes = sorted((name, list(parameter.shape)) for name, parameter in trained_parameters(model).items())
     digest = hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
     numbers = sum(math.prod(shape) for _, shape in shapes)
     return {"tensors": len(shapes), "numbers": numbers, "names_and_shapes": digest[:16]}

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from .errors import ModelRefused
+from .trained import trained_parameters
 
 
 # An item of a list of modules with more than this part of all parameters is cut further, if it can be.
@@ -132,8 +133,7 @@ def gathered_gradients(model: nn.Module) -> dict[str, Tensor]:
     """Every trainable parameter's whole gradient on the CPU, zeros where there is none; every process has to ask."""
     return {
         name: whole(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
+        for name, parameter in trained_parameters(model).items()
     }
 
 

@@ -23,6 +23,7 @@ from .accounting.search import record_of
 from .clipping import Clipping
 from .rules.cost import NormRule
 from .streaming import RowSource
+from .trained import trained_parameters
 from .training_args import DPTrainingArguments
 from .wording import Unit, not_covered, unit_in_words
 
@@ -226,7 +227,7 @@ def _clipping(run: RunRecord, model: nn.Module) -> dict[str, Any] | None:
     }
     if not run.args.clips_groups:
         return stated
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    sizes = {name: parameter.numel() for name, parameter in trained_parameters(model).items()}
     return stated | {"groups": run.clipping.over(sizes).bounds()}
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..errors import ArgumentRefused
+from ..trained import trained_parameters
 from .audited import AuditedTrainer
 
 
@@ -21,11 +22,12 @@ _ORTHOGONAL = 1e-3
 
 def gradient_direction(losses: Tensor, model: nn.Module) -> Direction:
     """The direction of one example's gradient, by ordinary autograd, from its loss `[1]`; float64, on the CPU."""
-    names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
+    trained = trained_parameters(model)
+    parameters = list(trained.values())
     gradients = torch.autograd.grad(losses.sum(), parameters, allow_unused=True, materialize_grads=True)
     parts = [gradient.detach().double().cpu() for gradient in gradients]
     length = torch.stack([part.square().sum() for part in parts]).sum().sqrt()
-    return {name: part / length for name, part in zip(names, parts, strict=True)}
+    return {name: part / length for name, part in zip(trained, parts, strict=True)}
 
 
 def refuse_mixed_directions(directions: Sequence[Direction]) -> None:
@@ -64,7 +66,7 @@ class _Projections(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         along = [
             self._matrix[name].double() @ parameter.grad.detach().flatten().double().cpu()
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad and parameter.grad is not None
+            for name, parameter in trained_parameters(model).items()
+            if parameter.grad is not None
         ]
         self.values.append(torch.stack(along).sum(0).numpy())
