@@ -6,7 +6,7 @@ arXiv:2205.10683) and, by default, one backward pass (book-keeping: Bu et al. 20
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .capture import Captured, capture
+from .capture import Batch, Captured, capture
 from .clipping import Clipping, Flat, Groups, finite_examples
 from .collector import Collector, Summer, Sums, zeros
 from .errors import ArgumentRefused, CaptureError, DataRefused
@@ -25,7 +25,6 @@ from .sharding import followed
 from .trained import trained_parameters
 
 
-Batch = Mapping[str, Any] | Sequence[Any]
 PerExampleLoss = Callable[[nn.Module, Any], Tensor]
 
 
