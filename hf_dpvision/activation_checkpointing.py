@@ -12,23 +12,26 @@ from transformers.trainer_utils import unwrap_peft_model
 from .errors import ArgumentRefused, ModelRefused
 
 
-def checkpoint_activations(model: nn.Module, options: Mapping[str, Any] | None) -> None:
+def checkpoint_activations(model: nn.Module, options: Mapping[str, Any] | str | None) -> None:
     """Let blocks of a transformers or timm model run again in the backward pass instead of keeping activations.
 
     `Trainer` does the same a moment later; done here, it is covered by the self-check.
 
     Args:
         model: a transformers, PEFT or wrapped timm model.
-        options: `activation_checkpointing_kwargs`: `every_n_layers`, and arguments of `torch.utils.checkpoint`.
+        options: `activation_checkpointing_kwargs`: `every_n_layers`, and arguments of `torch.utils.checkpoint`; a
+            mapping, which `TrainingArguments` makes of a text.
 
     Raises:
-        ArgumentRefused: the reentrant kind, which hides from autograd what a block does, or offloading.
+        ArgumentRefused: no mapping; the reentrant kind, which hides from autograd what a block does; or offloading.
         ModelRefused: the model has no blocks that can be checkpointed.
     """
-    chosen = {"use_reentrant": False} | dict(options or {})
+    if isinstance(options, str):
+        raise ArgumentRefused(f"activation_checkpointing_kwargs={options!r} is a text. Pass a mapping.")
+    chosen: dict[str, Any] = {"use_reentrant": False} | dict(options or {})
     if chosen["use_reentrant"] is not False or chosen.pop("offload", False):
         raise ArgumentRefused(
-            f"activation_checkpointing_kwargs={dict(options)!r}: the reentrant kind runs a block a first time without "
+            f"activation_checkpointing_kwargs={options!r}: the reentrant kind runs a block a first time without "
             "gradients, and offloading gives it other inputs the second time, so the uses of its parameters cannot be "
             "matched. Leave use_reentrant at False and offload off."
         )

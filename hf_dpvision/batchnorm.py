@@ -19,6 +19,7 @@ from .errors import ModelRefused
 
 MAX_GROUPS = 32
 MIN_CHANNELS_PER_GROUP = 8
+STATISTICS = (".running_mean", ".running_var", ".num_batches_tracked")  # ends of names in a saved state
 
 
 class FrozenBatchNorm(nn.Module):
@@ -27,6 +28,11 @@ class FrozenBatchNorm(nn.Module):
     Input and output are `[n, c]` or `[n, c, ...]`. `weight` and `bias` stay trainable; the statistics are
     buffers that nothing updates, so each example's output depends on that example alone.
     """
+
+    running_mean: Tensor
+    running_var: Tensor
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
 
     def __init__(self, source: _BatchNorm) -> None:
         super().__init__()
@@ -53,7 +59,7 @@ class FrozenBatchNormAct(FrozenBatchNorm):
 
     def __init__(self, source: _BatchNorm) -> None:
         super().__init__(source)
-        self.drop, self.act = source.drop, source.act
+        self.drop, self.act = source.get_submodule("drop"), source.get_submodule("act")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.drop(super().forward(x)))
@@ -64,7 +70,7 @@ class GroupNormAct(nn.GroupNorm):
 
     def __init__(self, num_groups: int, source: _BatchNorm) -> None:
         super().__init__(num_groups, source.num_features, eps=source.eps, affine=source.affine)
-        self.drop, self.act = source.drop, source.act
+        self.drop, self.act = source.get_submodule("drop"), source.get_submodule("act")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.drop(super().forward(x)))
@@ -112,7 +118,7 @@ def _folded(source: _BatchNorm, groups: int) -> tuple[nn.Parameter | None, nn.Pa
     With mean `mu` and deviation `sigma` of a channel, `m` and `s` of its group:
     `(x - mu) / sigma * w + b = (x - m) / s * (w s / sigma) + (b + w (m - mu) / sigma)`.
     """
-    if source.weight is None or source.running_mean is None:
+    if source.weight is None or source.running_mean is None or source.running_var is None:
         return source.weight, source.bias
     mean, variance = source.running_mean.double(), source.running_var.double()
     by_group = mean.view(groups, -1)

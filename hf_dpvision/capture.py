@@ -38,6 +38,7 @@ from .functions import (
     tensors_in,
     written_by,
 )
+from .trained import trained_parameters
 from .uses import Slot, Theta, Uses, without_data
 
 
@@ -301,7 +302,7 @@ def capture(
         CaptureError: the model has no trainable parameter.
         MixingRefused: an operation mixes examples, as far as this can be seen.
     """
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = trained_parameters(model)
     if not parameters:
         raise CaptureError(
             f"{type(model).__name__} has no trainable parameter (all have requires_grad=False): there is nothing to "

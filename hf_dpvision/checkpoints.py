@@ -7,6 +7,7 @@ import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import safetensors
 import safetensors.torch
@@ -19,6 +20,7 @@ from .accounting.journal import Mark
 from .drafts import CHECKSUMS, checksum
 from .errors import ArgumentRefused, ModelRefused
 from .statement import STATEMENT_FILE
+from .trained import trained_parameters
 
 
 WEIGHTS = "model.safetensors"
@@ -44,7 +46,7 @@ class ResumePoint:
     mark: Mark | None
 
 
-def find_resume_point(resume: str | bool, output_dir: str | Path) -> ResumePoint:
+def find_resume_point(resume: str | Literal[True], output_dir: str | Path) -> ResumePoint:
     """Return the checkpoint `resume`, or for True the last whole one below `output_dir`.
 
     A checkpoint of which a file is missing or changed is passed over. With none at all, the run is taken up at its
@@ -120,9 +122,10 @@ def load_strictly(model: nn.Module, folder: str | Path) -> None:
     """
     folder = Path(folder)
     if isinstance(model, PreTrainedModel):
-        fresh, report = type(model).from_pretrained(
+        loaded: Any = type(model).from_pretrained(
             folder, output_loading_info=True, use_safetensors=True, ignore_mismatched_sizes=True
         )
+        fresh, report = loaded
         state = fresh.state_dict()
         absent = set(report["missing_keys"]) | {name for name, *_ in report["mismatched_keys"]}
         left_over = sorted(report["unexpected_keys"])
@@ -152,8 +155,7 @@ def refuse_partly_loaded_adapter(model: nn.Module, folder: str | Path, adapter: 
     saved = safetensors.torch.load_file(Path(folder) / ADAPTER_WEIGHTS)
     wanted: dict[str, Tensor] = {
         name.replace(f".modules_to_save.{adapter}", "").replace(f".{adapter}", ""): parameter.detach().cpu()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
+        for name, parameter in trained_parameters(model).items()
     }
     lost = [name for name, value in wanted.items() if name not in saved or not torch.equal(saved[name], value)]
     left_over = sorted(saved.keys() - wanted.keys())

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
 from .clipping import Automatic, ByPrefix, Clipping, Flat, PerGroup, Shares, by_block, by_layer
+from .config import json_object
 from .errors import ArgumentRefused
 
 
@@ -84,8 +84,11 @@ class ClippingArguments:
         style = STYLES[self.clipping_function](max_norm=self.per_sample_max_grad_norm)
         if not self.clips_groups:
             return style
-        groups = GROUPINGS[self.clipping] if self.clipping in GROUPINGS else ByPrefix(self.clipping_groups)
+        groups = GROUPINGS[self.clipping] if self.clipping in GROUPINGS else ByPrefix(self._named_groups() or {})
         return PerGroup(style, groups, Shares(self.clipping_shares))
+
+    def _named_groups(self) -> dict[str, str] | None:
+        return json_object("clipping_groups", self.clipping_groups, '{"vit.embeddings": "early", "": "rest"}')
 
     def refuse_clipping(self) -> None:
         """Read the groups, and raise where these arguments contradict one another.
@@ -93,8 +96,7 @@ class ClippingArguments:
         Raises:
             ArgumentRefused: naming the argument.
         """
-        if isinstance(self.clipping_groups, str):
-            self.clipping_groups = _parsed(self.clipping_groups)
+        self.clipping_groups = groups = self._named_groups()
         if (self.clipping_groups is not None) != (self.clipping == PER_GROUP):
             raise ArgumentRefused(
                 f"clipping={self.clipping!r} with clipping_groups={self.clipping_groups!r}: groups are named if, and "
@@ -107,22 +109,9 @@ class ClippingArguments:
                     f"{name}={value!r} would have no effect: clipping={self.clipping!r} has one norm over all "
                     "parameters. Choose 'per_layer', 'per_block' or 'per_group', or leave it out."
                 )
-        groups = self.clipping_groups
         if groups is not None and not (groups and all(isinstance(text, str) for text in [*groups, *groups.values()])):
             raise ArgumentRefused(
                 f"clipping_groups={groups!r}: a mapping from beginnings of parameters' names to names of groups is "
                 'needed, such as {"vit.embeddings": "early", "": "rest"}.'
             )
 
-
-def _parsed(text: str) -> dict[str, str]:
-    try:
-        groups = json.loads(text)
-    except ValueError:
-        groups = None
-    if not isinstance(groups, dict):
-        raise ArgumentRefused(
-            f"clipping_groups={text!r} is no JSON object. Write it as "
-            """'{"vit.embeddings": "early", "": "rest"}'."""
-        )
-    return groups

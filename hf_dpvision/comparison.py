@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
+from torch.nn.utils import get_total_norm
 from torch.overrides import TorchFunctionMode
 
 from .capture import capture
@@ -18,6 +20,7 @@ from .dpsgd import Batch, ClippedGradient, PerExampleLoss, batch_size, clipped_g
 from .errors import ModelRefused
 from .rules import rule_for
 from .rules.cost import NormRule
+from .trained import trained_parameters
 
 
 _DROPOUTS = {
@@ -80,8 +83,8 @@ class Comparison:
         """The largest relative error, of any norm and of the clipped sum as a whole; NaN where one is not finite."""
         scale = self.norms.max().clamp(min=1e-30)
         of_norms = (self.ours.norms.double() - self.norms).abs().max() / scale
-        length = sum(grad.square().sum() for grad in self.gradients.values()).sqrt().clamp(min=1e-30)
-        of_sum = sum(error.square() for error in self._errors().values()).sqrt() / length
+        length = get_total_norm(self.gradients.values()).clamp(min=1e-30)
+        of_sum = get_total_norm(self._errors().values()) / length
         return float(torch.stack([of_norms, of_sum]).max())
 
     @property
@@ -97,7 +100,7 @@ class Comparison:
         are left out, for rounding alone may be as large.
         """
         lengths = {name: grad.norm() for name, grad in self.gradients.items()}
-        whole = torch.stack(list(lengths.values())).norm()
+        whole = get_total_norm(self.gradients.values())
         errors = self._errors()
         return max(float(errors[name] / lengths[name]) for name in errors if lengths[name] >= least * whole)
 
@@ -174,10 +177,9 @@ def _perturbed_copy(model: nn.Module) -> nn.Module:
     copied = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in copied.parameters():
-            if parameter.requires_grad:
-                noise = torch.randn(parameter.shape, generator=generator).to(parameter)
-                parameter.add_(noise, alpha=0.02)
+        for parameter in trained_parameters(copied).values():
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+            parameter.add_(noise, alpha=0.02)
     return copied
 
 
@@ -188,7 +190,7 @@ def _loop(
 
     Each example is run twice in one batch and the mean taken: some CPU kernels are wrong for a batch of one.
     """
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = trained_parameters(model)
     gradients = []
     for i in range(n):
         losses = per_example_loss(model, _twice(batch, i, rows))
@@ -204,7 +206,7 @@ def _loop(
 
 def _norms(gradients: list[dict[str, Tensor]]) -> Tensor:
     """Norms `[n]` over all parameters."""
-    return torch.stack([sum(grad.square().sum() for grad in one.values()).sqrt() for one in gradients])
+    return torch.stack([get_total_norm(one.values()) for one in gradients])
 
 
 def _clipped_sum(gradients: list[dict[str, Tensor]], clipping: Clipping) -> dict[str, Tensor]:
@@ -238,6 +240,6 @@ def _twice(batch: Batch, i: int, rows: int) -> Batch:
     def row(value: Any) -> Any:
         return value[own + own] if isinstance(value, Tensor) else value
 
-    if isinstance(batch, (list, tuple)):
-        return tuple(row(value) for value in batch)
-    return {key: row(value) for key, value in batch.items()}
+    if isinstance(batch, Mapping):
+        return {key: row(value) for key, value in batch.items()}
+    return tuple(row(value) for value in batch)

@@ -13,18 +13,42 @@ import argparse
 import difflib
 import json
 import os
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import yaml
 from transformers import HfArgumentParser
+from transformers.hf_argparser import DataClassType
 
 from .errors import ArgumentRefused
 
 
+Default = TypeVar("Default")
 _NOTHING = ("", "~", "null", "Null", "NULL", "None")
+
+
+def argument(default: Default, help: str) -> Default:
+    """Declare a field of a dataclass of arguments: its default, and what `--help` says of it."""
+    return field(default=default, metadata={"help": help})
+
+
+def json_object(name: str, value: dict[str, Any] | str | None, example: str) -> dict[str, Any] | None:
+    """Return a mapping that came from a file or from Python as it is, one from a command line as JSON says.
+
+    Raises:
+        ArgumentRefused: the text is no JSON object; says how the argument `name` is written.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        found = json.loads(value)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ArgumentRefused(f"{name}={value!r} is no JSON object. Write it as '{example}'.")
+    return found
 
 
 @dataclass(frozen=True)
@@ -48,7 +72,7 @@ class ParsedArguments:
 
 
 def parse_arguments(
-    types: Iterable[type],
+    types: Sequence[type],
     command_line: Sequence[str],
     *,
     default_config: Path | None = None,
@@ -70,9 +94,9 @@ def parse_arguments(
         ArgumentRefused: an unknown name (with the closest known one), a value of the wrong type, or a file that is
             not a YAML mapping.
     """
-    parser = _Parser(types, description=description, allow_abbrev=False)
+    parser = _Parser([DataClassType(one) for one in types], description=description, allow_abbrev=False)
     parser.add_argument("--config", default=None, help="YAML file of arguments; the command line overrides it.")
-    given = _config_of(parser, command_line)
+    given = _config_of(command_line)
     config = Path(given) if given is not None else (default_config if not command_line else None)
     in_file = frozenset() if config is None else _set_defaults(parser, config, path_fields)
     _, unknown = parser.parse_known_args(list(command_line))
@@ -89,17 +113,20 @@ def without_folders(value: Any) -> Any:
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
-class _Parser(HfArgumentParser):
+class _Refusing(argparse.ArgumentParser):
     """Refuses with one message instead of the list of all arguments."""
 
     def error(self, message: str) -> NoReturn:
         raise ArgumentRefused(f"{message}. --help lists all arguments.")
 
 
-def _config_of(parser: _Parser, command_line: Sequence[str]) -> str | None:
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+class _Parser(_Refusing, HfArgumentParser):
+    """Fills dataclasses."""
+
+
+def _config_of(command_line: Sequence[str]) -> str | None:
+    first = _Refusing(add_help=False, allow_abbrev=False)
     first.add_argument("--config", default=None)
-    first.error = parser.error
     return first.parse_known_args(list(command_line))[0].config
 
 
@@ -147,7 +174,7 @@ def _converted(action: argparse.Action, content: Any, config: Path) -> Any:
 
 
 def _scalar(action: argparse.Action, text: str, config: Path) -> Any:
-    convert = action.type or str
+    convert: Callable[[str], Any] = action.type if callable(action.type) else str
     try:
         value = convert(text)
     except (TypeError, ValueError, argparse.ArgumentTypeError) as error:

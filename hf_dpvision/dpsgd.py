@@ -6,7 +6,7 @@ arXiv:2205.10683) and, by default, one backward pass (book-keeping: Bu et al. 20
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .capture import Captured, capture
+from .capture import Batch, Captured, capture
 from .clipping import Clipping, Flat, Groups, finite_examples
 from .collector import Collector, Summer, Sums, zeros
 from .errors import ArgumentRefused, CaptureError, DataRefused
@@ -22,9 +22,9 @@ from .rules import rule_for
 from .rules.cost import NormRule
 from .rules.planner import Planner
 from .sharding import followed
+from .trained import trained_parameters
 
 
-Batch = Mapping[str, Any] | Sequence[Any]
 PerExampleLoss = Callable[[nn.Module, Any], Tensor]
 
 
@@ -86,30 +86,23 @@ def clipped_gradient(
         MixingRefused: an operation lets examples influence one another, or hides which row is whose.
         CaptureError: a trainable parameter was used in a way that cannot be seen, or none was used.
     """
-    rule = _checked(norm_rule, backward_passes)
-    n = batch_size(batch, rows)
-    if not memory_bound > 0:
-        raise ArgumentRefused(f"memory_bound={memory_bound!r} is not a positive ratio. 1.05 allows five percent more.")
+    rule, n = _checked(norm_rule, backward_passes, memory_bound), batch_size(batch, rows)
     if n == 0:
-        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        return ClippedGradient(zeros(parameters), torch.zeros(0))
+        return ClippedGradient(zeros(trained_parameters(model)), torch.zeros(0))
     forward, losses = _captured_losses(model, per_example_loss, batch, n)
     with _full_precision(losses):
         groups = _groups(clipping, forward)
         collector = _collector(forward, rule, backward_passes, planner or Planner(memory_bound), groups)
         forward.backward(losses, collector.receive, retain=collector.backward_passes == 2)
         squared_norms = collector.squared_norms()
-        factors = groups.factors(squared_norms)
         if collector.backward_passes == 1:
-            gradients = collector.weighted_sums(factors)
+            gradients = collector.weighted_sums(groups.factors(squared_norms))
         else:
-            # The factors enter where the gradients are summed, so that these are the very ones whose norms are known:
-            # weighted losses would be rounded differently on their way back, in bfloat16 by more than a percent.
             sums = Sums(forward.uses)
-            summer = Summer(forward.uses, groups.columns, factors, finite_examples(squared_norms), sums.add)
-            forward.backward(losses, summer.receive, retain=False)
+            _second_pass(forward, losses, groups, squared_norms, sums.add)
             gradients = sums.complete()
     return ClippedGradient(gradients, squared_norms.sum(1).sqrt())
+
 
 
 def add_clipped_gradient_to_shards(
@@ -153,10 +146,21 @@ def add_clipped_gradient_to_shards(
             )
         squared_norms = collector.squared_norms()
         add = partial(_add_to_gathered, forward.uses.parameters)
-        factors, finite = groups.factors(squared_norms), finite_examples(squared_norms)
-        summer = Summer(forward.uses, groups.columns, factors, finite, add)
-        forward.backward(losses, summer.receive, retain=False)
+        _second_pass(forward, losses, groups, squared_norms, add)
     return squared_norms.sum(1).sqrt()
+
+
+def _second_pass(
+    forward: Captured, losses: Tensor, groups: Groups, squared_norms: Tensor, add: Callable[[str, Tensor], None]
+) -> None:
+    """Hand every share of the clipped sum to `add`, by the name of its parameter.
+
+    The factors enter where the gradients are summed, so that these are the very ones whose norms are known: weighted
+    losses would be rounded differently on their way back, in bfloat16 by more than a percent.
+    """
+    factors, finite = groups.factors(squared_norms), finite_examples(squared_norms)
+    summer = Summer(forward.uses, groups.columns, factors, finite, add)
+    forward.backward(losses, summer.receive, retain=False)
 
 
 def _add_to_gathered(parameters: Mapping[str, nn.Parameter], name: str, share: Tensor) -> None:
@@ -213,8 +217,8 @@ def batch_size(batch: Batch, rows: int = 1) -> int:
     """
     named = batch.items() if isinstance(batch, Mapping) else enumerate(batch)
     sizes = {key: tuple(value.shape) for key, value in named if isinstance(value, Tensor)}
-    lengths = {shape[0] if shape else None for shape in sizes.values()}
-    if len(lengths) != 1 or None in lengths:
+    lengths = {shape[0] for shape in sizes.values() if shape}
+    if len(lengths) != 1 or not all(sizes.values()):
         raise DataRefused(
             f"batch has tensors of shapes {sizes}: dimension 0 of each must be the number of examples, so that each "
             "example's share can be told apart. Pass a mapping or tuple of tensors that agree about it."
@@ -228,7 +232,9 @@ def batch_size(batch: Batch, rows: int = 1) -> int:
     return length // rows
 
 
-def _checked(norm_rule: NormRule | str, backward_passes: int) -> NormRule:
+def _checked(norm_rule: NormRule | str, backward_passes: int, memory_bound: float = 1.05) -> NormRule:
+    if not memory_bound > 0:
+        raise ArgumentRefused(f"memory_bound={memory_bound!r} is not a positive ratio. 1.05 allows five percent more.")
     if backward_passes not in (1, 2):
         raise ArgumentRefused(
             f"backward_passes={backward_passes!r}: the clipped sum takes one backward pass (fast) or two (least "

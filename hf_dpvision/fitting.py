@@ -47,11 +47,11 @@ def largest_batch(run: Callable[[int], object], device: torch.device, most: int)
             "layers, or choose smaller images or a smaller model."
         )
     small, large = (min(n, most) for n in _TRIED)
-    peaks = [_peak(run, n, device) for n in (small, large)]
-    if None in peaks:
-        return 1 if peaks[0] is None else small
-    slope = (peaks[1] - peaks[0]) / max(1, large - small)
-    fixed = peaks[0] - slope * small
+    low, high = (_peak(run, n, device) for n in (small, large))
+    if low is None or high is None:
+        return 1 if low is None else small
+    slope = (high - low) / max(1, large - small)
+    fixed = low - slope * small
     size = most if slope <= 0 else max(1, min(most, int((free - fixed) / slope)))
     while size > 1 and _peak(run, size, device) is None:
         size //= 2

@@ -21,7 +21,7 @@ REARRANGING = {
         "transpose type type_as unflatten unsqueeze view view_as reshape_as"
     ).split()
     if hasattr(owner, name)
-} | {Tensor.T.__get__, Tensor.mT.__get__}
+} | {getattr(Tensor, name).__get__ for name in ("T", "mT")}
 JOINING = {torch.cat, torch.concat, torch.concatenate, torch.stack}
 REPEATING = {Tensor.expand, Tensor.expand_as, Tensor.repeat, torch.broadcast_to, Tensor.broadcast_to, torch.tile}
 # Operations that read only sizes and types of their arguments: the result does not depend on the batch's values.

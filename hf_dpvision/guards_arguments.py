@@ -9,11 +9,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Any, cast
 
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import HubStrategy, SaveStrategy, SchedulerType
 from transformers.training_args import DebugOption, OptimizerNames
 
 from .errors import ArgumentRefused
+from .numeric import is_count
 from .training_args import DPTrainingArguments
 
 
@@ -51,7 +54,7 @@ def has_private_metrics(args: DPTrainingArguments) -> bool:
 
 
 def _accumulates(args: DPTrainingArguments) -> bool:
-    inner = args.accelerator_config.gradient_accumulation_kwargs or {}
+    inner = cast(AcceleratorConfig, args.accelerator_config).gradient_accumulation_kwargs or {}
     return args.gradient_accumulation_steps != 1 or inner.get("num_steps", 1) != 1
 
 
@@ -66,7 +69,7 @@ def _is_name(column: object) -> bool:
 def _is_count_of(column: object, most: object) -> bool:
     if column is None or most is None:
         return column is most
-    return isinstance(most, Integral) and not isinstance(most, bool) and most >= 1
+    return is_count(most)
 
 
 # What Trainer fills in, and the only values that change nothing; two further keys are used.
@@ -78,7 +81,9 @@ _PLAIN_SHARDING = {
 _USED_SHARDING = {"reshard_after_forward", "transformer_layer_cls_to_wrap"}
 
 
-def _unsupported_sharding(config: dict[str, object]) -> bool:
+def _unsupported_sharding(config: dict[str, Any] | str | None) -> bool:
+    if not isinstance(config, dict):
+        return True
     return any(_PLAIN_SHARDING.get(key) != value for key, value in config.items() if key not in _USED_SHARDING)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from numbers import Integral
 from typing import Any
 
 from transformers import Trainer
@@ -11,6 +10,7 @@ from transformers.trainer_callback import DefaultFlowCallback, PrinterCallback, 
 
 from .accounting import Poisson, Stopping, TruncatedNegativeBinomial
 from .errors import ArgumentRefused
+from .numeric import is_count
 from .progress import ClaimAtStart, StopWhenSpent
 from .report_callback import RunReport
 from .streamed import StreamedExamples
@@ -26,6 +26,7 @@ _OWN_CALLBACKS = (
 
 def refuse_search(
     trainer: Trainer,
+    args: DPTrainingArguments,
     hp_space: Callable[..., Any] | None,
     n_trials: int | None,
     direction: str,
@@ -38,7 +39,7 @@ def refuse_search(
     """Raise if a search could not be paid for, or its runs could not be made alike.
 
     Args:
-        trainer: that is to search.
+        trainer, args: that is to search, and its arguments.
         hp_space, n_trials, direction, stopping: as for `hyperparameter_search`.
         spent: whether this trainer, or another one in its folder, has trained already.
         resumed: whether a search that was begun is to go on.
@@ -50,7 +51,7 @@ def refuse_search(
     problems = [
         *_arguments(hp_space, n_trials, direction, stopping, resumed),
         *_folder(spent, resumed, begun),
-        *_setting(trainer, trainer.args),
+        *_setting(trainer, args),
     ]
     if stopping is not None:
         problems += _listeners(trainer)
@@ -76,7 +77,7 @@ def _arguments(
         yield f"{stopping=} draws no number of runs. Use accounting.TruncatedNegativeBinomial(mean=5)."
     if stopping is not None and n_trials is not None:
         yield f"{n_trials=} with stopping: the number of runs is drawn, and secret. Leave out one of them."
-    if stopping is None and not resumed and not _is_count(n_trials):
+    if stopping is None and not resumed and not is_count(n_trials):
         yield (
             f"{n_trials=}: without stopping all runs are composed, so that their number must be known, a whole number "
             "of at least 1."
@@ -122,7 +123,3 @@ def _listeners(trainer: Trainer) -> Iterator[str]:
             "are not chosen may leave, nor their number. Remove it (report_to='none'), or leave out stopping, so that "
             "all runs are composed."
         )
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1

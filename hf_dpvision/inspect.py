@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter, process_time
@@ -58,11 +59,22 @@ class PlannedUse:
     held: int
     flops: int
 
+    @property
+    def ghost_numbers(self) -> int:
+        """Numbers per example in both Gram matrices, 2 g t^2; 0 where the use is always instantiated."""
+        return 0 if self.groups is None or self.positions is None else 2 * self.groups * self.positions**2
+
+    @property
+    def gradient_numbers(self) -> int:
+        """Numbers per example in an instantiated gradient, g d p; 0 likewise."""
+        sizes = (self.groups, self.inputs, self.outputs)
+        return math.prod(size or 0 for size in sizes)
+
 
 def plan(model: nn.Module, batch: Batch, n: int, norm_rule: NormRule, backward_passes: int = 1) -> list[PlannedUse]:
     """The planned uses of one forward pass of `model(**batch)`, in order; private data is not needed, only shapes."""
     with capture(model, batch, n, rule_for) as forward:
-        output = model(*batch) if isinstance(batch, (list, tuple)) else model(**batch)
+        output = model(**batch) if isinstance(batch, Mapping) else model(*batch)
     slots = forward.uses.slots
     saved = forward.interception.saved_bytes()
     del output  # until here it kept alive what a backward pass would need
@@ -75,13 +87,22 @@ def plan(model: nn.Module, batch: Batch, n: int, norm_rule: NormRule, backward_p
 def _planned(slot: Slot, shape: AffineShape | None, choice: Choice, backward_passes: int) -> PlannedUse:
     elements = slot.theta.tensor.numel()
     paper = "ghost" if choose(NormRule.MIXED, shape, backward_passes) is Choice.GHOST else "instantiate"
-    sizes, costs = (None,) * 4, (elements, 0, 0.0, elements, 0)
-    if shape is not None:
-        sizes = shape.positions, shape.inputs, shape.outputs, shape.groups
-        costs = (extra_memory(choice, shape), extra_flops(choice, shape), seconds(choice, shape), held(choice, shape),
-                 shape.flops)  # fmt: skip
-    name = "+".join(sorted(slot.theta.sources))
-    return PlannedUse(name, slot.operation, slot.generic, *sizes, paper, choice.value, *costs)
+    return PlannedUse(
+        parameter="+".join(sorted(slot.theta.sources)),
+        operation=slot.operation,
+        generic=slot.generic,
+        positions=None if shape is None else shape.positions,
+        inputs=None if shape is None else shape.inputs,
+        outputs=None if shape is None else shape.outputs,
+        groups=None if shape is None else shape.groups,
+        paper=paper,
+        choice=choice.value,
+        extra_memory=elements if shape is None else extra_memory(choice, shape),
+        extra_flops=0 if shape is None else extra_flops(choice, shape),
+        extra_seconds=0.0 if shape is None else seconds(choice, shape),
+        held=elements if shape is None else held(choice, shape),
+        flops=0 if shape is None else shape.flops,
+    )
 
 
 def inspect_model(model_name: str, image_size: int, norm_rule: str = "mixed") -> list[PlannedUse]:
@@ -150,8 +171,9 @@ def images_per_second(model_name: str, image_size: int, n: int = 8) -> float:
     """
     from .models import load_model
 
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    model = load_model(model_name, pretrained=False, image_size=image_size, replace_batchnorm="freeze").to(device)
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    model: nn.Module = load_model(model_name, pretrained=False, image_size=image_size, replace_batchnorm="freeze")
+    model.to(device)
     batch = {"pixel_values": torch.randn(n, 3, image_size, image_size, device=device)}
     planner, times = Planner(measure=torch.accelerator.is_available()), []
     for _ in range(4):
@@ -163,7 +185,7 @@ def images_per_second(model_name: str, image_size: int, n: int = 8) -> float:
     return n / median(times[1:])
 
 
-def _losses(module: nn.Module, images: Batch) -> Tensor:
+def _losses(module: nn.Module, images: Mapping[str, Tensor]) -> Tensor:
     output = module(**images)
     return torch.logsumexp(output if isinstance(output, Tensor) else output.logits, dim=-1)
 
@@ -188,12 +210,11 @@ def format_plan(rows: Sequence[PlannedUse]) -> str:
     """The plan as a table, with totals of what ghost, instantiation, the paper's rule and the plan need."""
     head = ("parameter", "operation", "t", "d", "p", "g", "2t^2", "pd", "paper's rule", "planned", "numbers/example",
             "MFLOP/example")  # fmt: skip
-    table = [head]
+    table: list[Sequence[object]] = [head]
     for row in rows:
-        if row.positions is None:
-            sizes = ("", "", "", "", "", "")
-        else:
-            gram, weight = 2 * row.positions**2, row.inputs * row.outputs
+        sizes: Sequence[object] = ("",) * 6
+        if row.positions is not None and row.groups is not None:
+            gram, weight = row.ghost_numbers // row.groups, row.gradient_numbers // row.groups
             sizes = (row.positions, row.inputs, row.outputs, row.groups, f"{gram:.3g}", f"{weight:.3g}")
         operation = f"{row.operation} (generic: slow)" if row.generic else row.operation
         cost = (f"{row.extra_memory:.3g}", f"{row.extra_flops / 1e6:.3g}")
@@ -205,12 +226,9 @@ def format_plan(rows: Sequence[PlannedUse]) -> str:
 
 def _totals(rows: Sequence[PlannedUse]) -> str:
     affine = [row for row in rows if row.positions is not None]
-    ghost = sum(2 * row.groups * row.positions**2 for row in affine)
-    weights = sum(row.groups * row.inputs * row.outputs for row in affine)
-    paper = sum(
-        2 * row.groups * row.positions**2 if row.paper == "ghost" else row.groups * row.inputs * row.outputs
-        for row in affine
-    )
+    ghost = sum(row.ghost_numbers for row in affine)
+    weights = sum(row.gradient_numbers for row in affine)
+    paper = sum(row.ghost_numbers if row.paper == "ghost" else row.gradient_numbers for row in affine)
     planned = sum(row.extra_memory for row in affine)
     extra = sum(row.extra_seconds for row in affine)
     plain = sum(non_private_seconds(row.flops) for row in affine)

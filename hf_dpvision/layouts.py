@@ -16,12 +16,17 @@ from .mechanism import Mechanism
 from .microbatches import DeviceSum
 from .sampling import LogicalBatch
 from .sharding import Sharding
+from .trained import trained_parameters
 from .training_args import DPTrainingArguments
 
 
-# `run(microbatch, step)` brings a microbatch to the device and hands it, with model and loss, to `step`.
-Runner = Callable[[Any, Callable[[Any], Any]], Any]
 Sums = dict[str, Tensor]
+
+
+class Runner(Protocol):
+    """Brings a microbatch to the device and hands it, with model and loss, to `step`, whose result is returned."""
+
+    def __call__(self, microbatch: Any, step: Callable[..., Any]) -> Any: ...
 
 
 class Layout(Protocol):
@@ -57,7 +62,7 @@ class Replicated:
         processes.same_weights(model, self._device)
 
     def sums(self, model: nn.Module, batch: LogicalBatch, run: Runner, mechanism: Mechanism) -> Sums:
-        sums = zeros(_trainable(model))
+        sums = zeros(trained_parameters(model))
         for microbatch in batch:
             self._device_sum.add(sums, microbatch, partial(run, step=mechanism.sum_gradients))
         return sums
@@ -66,7 +71,7 @@ class Replicated:
         return processes.total(add_noise(sums) if processes.is_first() else sums)
 
     def write_gradients(self, model: nn.Module, gradients: Sums) -> None:
-        for name, parameter in _trainable(model).items():
+        for name, parameter in trained_parameters(model).items():
             parameter.grad = gradients[name].to(parameter.dtype)
 
 
@@ -93,7 +98,7 @@ class Repeatable(Replicated):
         def rounded(part: Any) -> Sums:
             return self._grid.rounded(run(part, step=mechanism.sum_gradients))
 
-        sums = {name: value.double() for name, value in zeros(_trainable(model)).items()}
+        sums = {name: value.double() for name, value in zeros(trained_parameters(model)).items()}
         for microbatch in batch:
             self._device_sum.add(sums, microbatch, rounded)
         return sums
@@ -126,7 +131,7 @@ class Sharded:
         for microbatch in self._in_step(iter(batch)):
             counts = bool(microbatch)
             run(microbatch or self._stand_in(), step=partial(mechanism.add_to_shards, counts=counts))
-        return sharding.local_gradients(_trainable(model))
+        return sharding.local_gradients(trained_parameters(model))
 
     def _in_step(self, microbatches: Iterator[Any]) -> Iterator[Any]:
         """As many microbatches on every process; None where one has no more."""
@@ -139,7 +144,7 @@ class Sharded:
         return add_noise(sums)
 
     def write_gradients(self, model: nn.Module, gradients: Sums) -> None:
-        for name, parameter in _trainable(model).items():
+        for name, parameter in trained_parameters(model).items():
             parameter.grad = sharding.as_shard(gradients[name].to(parameter.dtype), parameter)
 
 
@@ -161,11 +166,8 @@ def layout_of(
     """
     whole = (examples_at_once, args.rows_per_unit, args.device)
     if args.sums_exactly:
-        entries = sum(parameter.numel() for parameter in _trainable(model).values())
+        entries = sum(parameter.numel() for parameter in trained_parameters(model).values())
         return Repeatable(*whole, Grid(dataset_size, args.build_clipping().sensitivity(), entries))
     options = args.build_sharding()
     return Replicated(*whole) if options is None else Sharded(options, args.device, partial(stand_in, args.device))
 
-
-def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,11 +67,12 @@ def with_adapters(model: PreTrainedModel, lora: Lora, pixels: Tensor) -> nn.Modu
         raise ArgumentRefused("train_layers='lora' needs PEFT. Install it: pip install 'hf_dpvision[peft]'.")
     from peft import LoraConfig, get_peft_model
 
+    alpha: Any = lora.chosen_alpha  # PEFT declares an int, and only divides it by the rank
     head = _head_modules(model)
     targets = _targets(model, lora, head, _layers_that_run(model, pixels))
     config = LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.chosen_alpha,
+        lora_alpha=alpha,
         lora_dropout=0.0,
         bias="none",
         target_modules=targets,
@@ -85,7 +87,8 @@ def merged(model: nn.Module) -> nn.Module:
     The PEFT model is taken apart and not to be used any more. What is returned is a function of the trained adapters
     and of the pretrained weights alone, so that a guarantee for those holds for it.
     """
-    return model.merge_and_unload(safe_merge=True).requires_grad_(False)
+    adapted: Any = model  # a PEFT model hands this on to its tuner
+    return adapted.merge_and_unload(safe_merge=True).requires_grad_(False)
 
 
 def _head_modules(model: PreTrainedModel) -> list[str]:

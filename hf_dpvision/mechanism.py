@@ -20,6 +20,7 @@ from .rules.cost import NormRule
 from .rules.planner import Planner
 from .sampling import KEY_BYTES, new_key
 from .secure_noise import SecureNoiseSource
+from .trained import trained_parameters
 
 
 class Randomness(Protocol):
@@ -205,10 +206,10 @@ class WithoutPrivacy:
 
     def sum_gradients(self, model: nn.Module, per_example_loss: PerExampleLoss, batch: Any) -> dict[str, Tensor]:
         """Return the gradients of the summed loss by ordinary autograd, zeros for what was not used."""
-        names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
+        trained = trained_parameters(model)
         total = per_example_loss(model, batch).sum()
-        gradients = torch.autograd.grad(total, parameters, allow_unused=True, materialize_grads=True)
-        return dict(zip(names, gradients, strict=True))
+        gradients = torch.autograd.grad(total, list(trained.values()), allow_unused=True, materialize_grads=True)
+        return dict(zip(trained, gradients, strict=True))
 
     def add_to_shards(
         self, model: nn.Module, per_example_loss: PerExampleLoss, batch: Any, *, counts: bool

@@ -87,7 +87,7 @@ def render_model_card(
     try:
         text = _environment().get_template(_TEMPLATE).render(
             model_name=_last_part(model_name),
-            base_model=_shown(base_model),
+            base_model=None if base_model is None else _shown(base_model),
             dataset=", ".join(_shown(name) for name in datasets),
             results=results,
             training=training or {},
@@ -101,7 +101,20 @@ def render_model_card(
             f"the privacy statement lacks a field that the card must state ({error}): pass what "
             "trainer.privacy_statement() returns, unchanged."
         ) from error
-    front = ModelCardData(
+    front = _front_matter(statement, model_name, base_model, datasets, license, library_name, results)
+    return f"---\n{front.to_yaml().strip()}\n---\n\n{text}"
+
+
+def _front_matter(
+    statement: Mapping[str, Any],
+    model_name: str,
+    base_model: str | None,
+    datasets: Sequence[str],
+    license: str | None,
+    library_name: str,
+    results: Sequence[CardResult],
+) -> ModelCardData:
+    return ModelCardData(
         model_name=_last_part(model_name),
         base_model=base_model if _is_hub_id(base_model) else None,
         datasets=[name for name in datasets if _is_hub_id(name)] or None,
@@ -112,7 +125,6 @@ def render_model_card(
         eval_results=[_eval_result(result) for result in results if result.released] or None,
         differential_privacy=dict(statement),
     )
-    return f"---\n{front.to_yaml().strip()}\n---\n\n{text}"
 
 
 def privacy_blocks(statement: Mapping[str, Any]) -> list[str]:
@@ -169,13 +181,13 @@ def _is_hub_id(name: str | None) -> bool:
     return name is not None and _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
 
 
-def _shown(name: str | None) -> str | None:
+def _shown(name: str) -> str:
     return name if _is_hub_id(name) else _last_part(name)
 
 
-def _last_part(name: str | None) -> str | None:
+def _last_part(name: str) -> str:
     """Drop the folders of a local path: they say something about a machine and nothing about the model."""
-    return None if name is None else Path(name).name or name
+    return Path(name).name or name
 
 
 def _eval_result(result: CardResult) -> EvalResult:

@@ -1,47 +1,49 @@
 """Load a vision model from timm, the Hub, a local folder or a module, ready for per-example gradients.
 
 timm models come back inside transformers' `TimmWrapperForImageClassification`, so that `Trainer`, `pipeline`
-and `save_pretrained` treat them like any other model. This is the only file that imports timm.
+and `save_pretrained` treat them like any other model; `timm_models.py` does that.
 """
 
 from __future__ import annotations
 
-import difflib
-import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import overload
 
-import timm
 import torch
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
-from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct
-from timm.models import filter_pretrained_cfg, get_model_args, get_model_input_config
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
     PreTrainedConfig,
     PreTrainedModel,
-    TimmWrapperConfig,
-    TimmWrapperForImageClassification,
 )
-from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
 from . import batchnorm
 from .errors import ArgumentRefused, ModelRefused
+from .timm_models import (
+    REPLACEMENT_KEY,
+    WITH_ACTIVATION,
+    Wanted,
+    close_to,
+    inverse,
+    is_architecture,
+    is_timm,
+    load_timm,
+    log_new_head,
+    numbered_labels,
+    wrap_timm,
+)
 
 
 logger = logging.getLogger(__name__)
 
 BATCHNORM_REPLACEMENTS = {"group": batchnorm.to_group_norm, "freeze": batchnorm.freeze}
-BATCHNORM_STATISTICS = (".running_mean", ".running_var", ".num_batches_tracked")
-# config.json cannot tell a GroupNorm from the BatchNorm it replaced, so the replacement is noted under this key.
-REPLACEMENT_KEY = "replace_batchnorm"
 # What timm, transformers and the Hub client raise for a name they do not know or weights that do not fit.
 LOAD_ERRORS = (
     OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, EOFError, UnpicklingError, HfHubHTTPError,
@@ -49,13 +51,26 @@ LOAD_ERRORS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Wanted:
-    """What the caller asked for; None means: as in the checkpoint."""
+@overload
+def load_model(
+    name_or_module: str | Path,
+    *,
+    num_labels: int | None = None,
+    id2label: Mapping[int, str] | None = None,
+    image_size: int | None = None,
+    pretrained: bool = True,
+    replace_batchnorm: str | None = None,
+) -> PreTrainedModel: ...
 
-    labels: dict[int, str] | None
-    image_size: int | None
-    pretrained: bool
+
+@overload
+def load_model(
+    name_or_module: nn.Module,
+    *,
+    num_labels: int | None = None,
+    id2label: Mapping[int, str] | None = None,
+    replace_batchnorm: str | None = None,
+) -> nn.Module: ...
 
 
 def load_model(
@@ -94,7 +109,7 @@ def load_model(
             f"{replace_batchnorm=} is not a replacement for BatchNorm layers. "
             f"Use one of {sorted(BATCHNORM_REPLACEMENTS)}, or None to leave them as they are."
         )
-    wanted = _Wanted(_labels(num_labels, id2label), image_size, pretrained)
+    wanted = Wanted(_labels(num_labels, id2label), image_size, pretrained)
     if isinstance(name_or_module, nn.Module):
         model = _from_module(name_or_module, wanted)
     else:
@@ -104,10 +119,10 @@ def load_model(
 
 def _labels(num_labels: int | None, id2label: Mapping[int, str] | None) -> dict[int, str] | None:
     """Return class index -> name, or None where the checkpoint decides."""
-    if id2label is None and num_labels is None:
-        return None
     if id2label is None:
-        id2label = {index: f"LABEL_{index}" for index in range(num_labels)}
+        if num_labels is None:
+            return None
+        id2label = numbered_labels(num_labels)
     labels = {int(index): str(label) for index, label in id2label.items()}
     if not labels or num_labels not in (None, len(labels)):
         raise ArgumentRefused(
@@ -122,16 +137,16 @@ def _labels(num_labels: int | None, id2label: Mapping[int, str] | None) -> dict[
     return labels
 
 
-def _from_module(module: nn.Module, wanted: _Wanted) -> nn.Module:
+def _from_module(module: nn.Module, wanted: Wanted) -> nn.Module:
     if wanted.image_size is not None:
         raise ArgumentRefused(
             f"image_size={wanted.image_size} cannot be applied to a finished module. Build it for that size."
         )
-    if _is_timm(module):
+    if is_timm(module):
         if wanted.labels is not None and len(wanted.labels) != module.num_classes:
-            _log_new_head(type(module).__name__, module.num_classes, len(wanted.labels))
+            log_new_head(type(module).__name__, module.num_classes, len(wanted.labels))
             module.reset_classifier(len(wanted.labels))
-        return _wrap_timm(module, wanted)
+        return wrap_timm(module, wanted)
     if wanted.labels is None:
         return module
     if not isinstance(module, PreTrainedModel) or module.config.num_labels != len(wanted.labels):
@@ -139,17 +154,17 @@ def _from_module(module: nn.Module, wanted: _Wanted) -> nn.Module:
             f"The head of this {type(module).__name__} cannot be changed to {len(wanted.labels)} classes: only its "
             "own code knows what the head is. Build it with that number of classes, or load it by name."
         )
-    module.config.id2label, module.config.label2id = wanted.labels, _inverse(wanted.labels)
+    module.config.id2label, module.config.label2id = wanted.labels, inverse(wanted.labels)
     return module
 
 
-def _from_name(name: str, wanted: _Wanted) -> nn.Module:
+def _from_name(name: str, wanted: Wanted) -> PreTrainedModel:
     folder = Path(name.removeprefix("local-dir:")).expanduser()
     try:
         if folder.is_dir():
             model = _from_files(str(folder), f"local-dir:{folder}", wanted)
         elif name.startswith("timm/"):
-            model = _from_timm(name, name.removeprefix("timm/"), {}, wanted)
+            model = load_timm(name, name.removeprefix("timm/"), {}, wanted)
         else:
             hub_id = name.removeprefix("hf-hub:")
             model = _from_files(hub_id, f"hf-hub:{hub_id}", wanted)
@@ -160,11 +175,11 @@ def _from_name(name: str, wanted: _Wanted) -> nn.Module:
     return model.eval()
 
 
-def _from_files(location: str, timm_name: str, wanted: _Wanted) -> nn.Module:
+def _from_files(location: str, timm_name: str, wanted: Wanted) -> PreTrainedModel:
     """Load a local folder or a Hub repository, whose config.json says which library wrote it."""
     config, _ = PreTrainedConfig.get_config_dict(location)
     if "architecture" in config:
-        return _from_timm(location, timm_name, config, wanted)
+        return load_timm(location, timm_name, config, wanted)
     if "model_type" not in config:
         raise ModelRefused(
             f"{location!r} has no config.json, or one with neither 'model_type' (transformers) nor 'architecture' "
@@ -174,104 +189,11 @@ def _from_files(location: str, timm_name: str, wanted: _Wanted) -> nn.Module:
     return _from_transformers(location, wanted)
 
 
-def _from_timm(location: str, timm_name: str, saved: dict[str, Any], wanted: _Wanted) -> nn.Module:
-    """Load through timm, which drops a head that does not fit and resamples position embeddings.
-
-    Args:
-        location: Folder, Hub id or `"timm/<id>"`.
-        timm_name: The same in timm's notation.
-        saved: Content of config.json; empty for a name of timm's registry.
-        wanted: What the caller asked for.
-    """
-    described = saved.get("pretrained_cfg") or timm.get_pretrained_cfg(timm_name, allow_unregistered=False).to_dict()
-    arguments: dict[str, Any] = {}
-    if wanted.labels is not None:
-        arguments["num_classes"] = len(wanted.labels)
-    if wanted.image_size is not None and described.get("fixed_input_size"):
-        arguments["img_size"] = wanted.image_size
-    if wanted.pretrained and saved.get(REPLACEMENT_KEY) == "group":
-        module = _load_without_statistics(location, saved, arguments)
-    else:
-        module = timm.create_model(timm_name, pretrained=wanted.pretrained, **arguments)
-    classes = saved.get("num_classes", described.get("num_classes"))
-    if wanted.pretrained and classes and classes != module.num_classes:
-        _log_new_head(location, classes, module.num_classes)
-    model = _wrap_timm(module, wanted, saved.get("label_names"))
-    model.config.name_or_path = location
-    if REPLACEMENT_KEY in saved:
-        model.config.update({REPLACEMENT_KEY: saved[REPLACEMENT_KEY]})
-    return model
-
-
-def _load_without_statistics(location: str, saved: dict[str, Any], arguments: dict[str, Any]) -> nn.Module:
-    """Load weights saved with GroupNorm into the BatchNorm model they came from, to be replaced again.
-
-    timm refuses a state without running statistics, so it gets neutral ones, which the replacement drops.
-    """
-    state = timm.models.load_state_dict(cached_file(location, SAFE_WEIGHTS_NAME))
-    arguments = saved.get("model_args", {}) | {"num_classes": saved["num_classes"]} | arguments
-    for name, tensor in timm.create_model(saved["architecture"], **arguments).state_dict().items():
-        if name.endswith(BATCHNORM_STATISTICS):
-            state.setdefault(name, torch.ones_like(tensor) if name.endswith("var") else torch.zeros_like(tensor))
-    described = saved["pretrained_cfg"] | {"num_classes": saved["num_classes"], "state_dict": state}
-    return timm.create_model(saved["architecture"], pretrained=True, pretrained_cfg=described, **arguments)
-
-
-def _wrap_timm(module: nn.Module, wanted: _Wanted, label_names: list[str] | None = None) -> nn.Module:
-    """Return a `TimmWrapperForImageClassification` around `module` itself, and a config that rebuilds it."""
-    config = _timm_config(module, wanted, label_names)
-    # Through from_pretrained, so that transformers notes which names to write when the model is saved.
-    wrapper, report = TimmWrapperForImageClassification.from_pretrained(
-        None, config=config, state_dict=module.state_dict(), ignore_mismatched_sizes=True, output_loading_info=True
-    )
-    different = {name for name, *_ in report["mismatched_keys"]} | report["missing_keys"] | report["unexpected_keys"]
-    if different:
-        raise ModelRefused(
-            f"This {type(module).__name__} is no longer what timm.create_model({config.architecture!r}, "
-            f"**{config.model_args}) builds: {', '.join(sorted(different)[:3])} differ, and a saved model could not "
-            "be loaded again. Change the module after load_model, or give it to DPTrainer as it is, with "
-            "compute_loss_func."
-        )
-    wrapper.timm_model = module  # its buffers, requires_grad and mode, not those of the copy
-    return wrapper.train(module.training)
-
-
-def _timm_config(module: nn.Module, wanted: _Wanted, label_names: list[str] | None) -> TimmWrapperConfig:
-    described = {key: value for key, value in module.pretrained_cfg.items() if key != "state_dict"}
-    # remove_source drops the file paths and addresses that the weights were read from
-    described = dict(filter_pretrained_cfg(described, remove_source=True, remove_null=True))
-    described |= get_model_input_config(module) | {"custom_load": False}
-    if wanted.image_size is not None:
-        described["input_size"] = (described["input_size"][0], wanted.image_size, wanted.image_size)
-    for key in ("label_names", "label_descriptions", "num_classes"):
-        described.pop(key, None)
-    arguments = {key: value for key, value in get_model_args(module).items() if key != "num_classes"}
-    try:
-        json.dumps(arguments)
-    except TypeError as error:
-        raise ModelRefused(
-            f"The construction arguments {arguments} of this {type(module).__name__} cannot be written to config.json "
-            f"({error}), so a saved model could not be loaded again. Give layers to timm.create_model by name, "
-            'such as norm_layer="groupnorm".'
-        ) from error
-    content = {"architecture": described.pop("architecture"), "num_classes": module.num_classes}
-    content |= {"model_args": arguments, "pretrained_cfg": described}
-    labels = wanted.labels
-    if labels is None and label_names and len(label_names) == module.num_classes:
-        labels = dict(enumerate(label_names))
-    if labels is None and module.num_classes == 1000:
-        return TimmWrapperConfig.from_dict(content)  # fills in the names of ImageNet's classes
-    labels = labels or _labels(module.num_classes, None)
-    return TimmWrapperConfig.from_dict(
-        content, num_labels=len(labels), id2label=dict(labels), label2id=_inverse(labels)
-    )
-
-
-def _from_transformers(location: str, wanted: _Wanted) -> nn.Module:
+def _from_transformers(location: str, wanted: Wanted) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(location)
     classes = config.num_labels
     if wanted.labels is not None:
-        config.id2label, config.label2id = dict(wanted.labels), _inverse(wanted.labels)
+        config.id2label, config.label2id = dict(wanted.labels), inverse(wanted.labels)
     if wanted.image_size is not None:
         config.image_size = wanted.image_size
     if not wanted.pretrained:
@@ -287,8 +209,8 @@ def _from_transformers(location: str, wanted: _Wanted) -> nn.Module:
                 "image_size at the checkpoint's own value and resize the images instead."
             )
     if classes != config.num_labels:
-        _log_new_head(location, classes, config.num_labels)
-    missing = [name for name in sorted(report["missing_keys"]) if not name.endswith(BATCHNORM_STATISTICS)]
+        log_new_head(location, classes, config.num_labels)
+    missing = [name for name in sorted(report["missing_keys"]) if not name.endswith(batchnorm.STATISTICS)]
     if missing:
         logger.warning("%s does not contain %s: these start from random values", location, ", ".join(missing))
     return model
@@ -308,7 +230,7 @@ def _replace_batchnorm(model: nn.Module, wanted: str | None) -> nn.Module:
     if config is not None:
         config.update({REPLACEMENT_KEY: choice})
     return batchnorm.replace_batchnorm(
-        model, BATCHNORM_REPLACEMENTS[choice], with_activation=(BatchNormAct2d, SyncBatchNormAct)
+        model, BATCHNORM_REPLACEMENTS[choice], with_activation=WITH_ACTIVATION
     )
 
 
@@ -320,20 +242,6 @@ def _single_precision(model: nn.Module) -> nn.Module:
     return model
 
 
-def _is_timm(module: nn.Module) -> bool:
-    # vars() and not getattr(): adapters forward attributes of the module they hold
-    described = vars(module).get("pretrained_cfg")
-    return isinstance(described, dict) and timm.models.is_model(described.get("architecture", ""))
-
-
-def _inverse(labels: Mapping[int, str]) -> dict[str, int]:
-    return {label: index for index, label in labels.items()}
-
-
-def _log_new_head(name: str, classes: int, wanted: int) -> None:
-    logger.warning("%s has a head for %d classes, wanted are %d: it starts from random values", name, classes, wanted)
-
-
 def _explain(name: str, folder: Path, error: Exception) -> str:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     if folder.is_dir():
@@ -343,10 +251,10 @@ def _explain(name: str, folder: Path, error: Exception) -> str:
     if name.startswith(("/", ".", "~", "local-dir:")) or name.count("/") > 1:
         return f"There is no folder {name!r}. Give the folder that holds config.json and the weights."
     architecture = name.split("/")[-1].split(".")[0]
-    close = timm.list_pretrained(f"{architecture}.*") or difflib.get_close_matches(architecture, timm.list_models())
-    hint = f" Close to it in timm: {', '.join('timm/' + match for match in close[:4])}." if close else ""
-    if name.startswith("timm/") and not timm.models.is_model(architecture):
-        return f"timm {timm.__version__} has no architecture {architecture!r}.{hint}"
+    close = close_to(architecture)
+    hint = f" Close to it in timm: {', '.join(close)}." if close else ""
+    if name.startswith("timm/") and not is_architecture(architecture):
+        return f"timm {version('timm')} has no architecture {architecture!r}.{hint}"
     return (
         f"{name!r} could not be loaded ({type(error).__name__}: {reason}). It is no folder here; if it is on the Hub, "
         f"check the spelling and the network, or give a folder with its files.{hint} With pretrained=False a timm "

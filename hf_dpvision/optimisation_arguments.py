@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from numbers import Real
-from typing import Any
 
 from transformers.training_args import OptimizerNames
 
 from .errors import ArgumentRefused
+from .numeric import is_number
 from .optimisation import EveryStep, LowPass, Tail, Weighting
 
 
@@ -67,23 +66,23 @@ class OptimisationArguments:
         },
     )
 
-    def check_optimisation(self) -> None:
-        """Raise for what cannot be meant.
+    def check_optimisation(self, optim: OptimizerNames | str, disable_dp: bool) -> None:
+        """Raise for what cannot be meant with this optimizer, and with privacy or without.
 
         Raises:
             ArgumentRefused: naming the argument, its value, the reason and the way out.
         """
         self._check_ranges()
         if self.noise_bias_correction:
-            self._check_correction()
+            self._check_correction(optim, disable_dp)
         if self.ema_decay is not None and self.tail_averaging is not None:
             raise ArgumentRefused(
                 f"ema_decay={self.ema_decay!r} and tail_averaging={self.tail_averaging!r}: one average is released. "
                 "Give one of them."
             )
-        if self.build_weighting(1) is not None and self.optim in _AVERAGING:
+        if self.build_weighting(1) is not None and optim in _AVERAGING:
             raise ArgumentRefused(
-                f"optim={OptimizerNames(self.optim).value!r} averages the iterates itself and exchanges them in the "
+                f"optim={OptimizerNames(optim).value!r} averages the iterates itself and exchanges them in the "
                 f"model, and so would ema_decay={self.ema_decay!r}, tail_averaging={self.tail_averaging!r}. Leave one "
                 "of them out."
             )
@@ -102,18 +101,18 @@ class OptimisationArguments:
         }
         for name, (fits, what, example) in allowed.items():
             value = getattr(self, name)
-            if value is not None and not (_is_number(value) and fits(value)):
+            if value is not None and not (is_number(value) and fits(value)):
                 raise ArgumentRefused(f"{name}={value!r} is not {what}. Try {example}.")
 
-    def _check_correction(self) -> None:
-        if self.disable_dp:
+    def _check_correction(self, optim: OptimizerNames | str, disable_dp: bool) -> None:
+        if disable_dp:
             raise ArgumentRefused(
                 "noise_bias_correction=True with disable_dp=True: there is no noise whose variance could be "
                 "subtracted. Leave it off for the run without privacy."
             )
-        if self.optim not in _ADAMW:
+        if optim not in _ADAMW:
             raise ArgumentRefused(
-                f"noise_bias_correction=True with optim={OptimizerNames(self.optim).value!r}: what is corrected is "
+                f"noise_bias_correction=True with optim={OptimizerNames(optim).value!r}: what is corrected is "
                 "the second moment of torch's AdamW. Set optim='adamw_torch', or leave it off."
             )
         if self.low_pass_filter:
@@ -150,6 +149,3 @@ class OptimisationArguments:
             said["released weights"] = f"mean over the last {last}"
         return said
 
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)

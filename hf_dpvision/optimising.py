@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from types import MappingProxyType
 from typing import Any
 
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
@@ -32,15 +29,18 @@ class OptimisingTrainer(PublishingTrainer):
     """
 
     _average: WeightAverage | None = None
-    _spread: Mapping[str, float] = MappingProxyType({})  # of the last train(), if it averaged the model's weights
+
 
     def train(
         self,
-        resume_from_checkpoint: str | bool | None = None,
+        resume_from_checkpoint: str | None = None,
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """Train as `Trainer` does, with what is attached to the optimizer attached to it for so long."""
+        """Train as `Trainer` does, with what is attached to the optimizer attached to it for so long.
+
+        Only a folder says from where: True has been resolved by then.
+        """
         if resume_from_checkpoint:
             weighting = self.args.build_weighting(1)
             refuse_other_averaging(resume_from_checkpoint, None if weighting is None else weighting.kind)
@@ -65,8 +65,8 @@ class OptimisingTrainer(PublishingTrainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: Any) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        optimizer, plan = self.optimizer.optimizer, self._run.plan
-        if self.args.noise_bias_correction:
+        optimizer, plan = self._plain_optimizer, self._run.plan
+        if isinstance(optimizer, AdamBC):
             optimizer.noise_std = self._noise_std()  # of this call of train()
         low_pass = self.args.build_low_pass()
         if low_pass is not None:
@@ -94,11 +94,10 @@ class OptimisingTrainer(PublishingTrainer):
         return plan.noise_multiplier * self.args.build_clipping().sensitivity() / plan.expected_batch_size
 
     def _refuse_optimisation(self) -> None:
-        self.args.check_optimisation()
+        self.args.check_optimisation(self.args.optim, self.args.disable_dp)
         kind = None if self.optimizer_cls_and_kwargs is None else self.optimizer_cls_and_kwargs[0]
         if self.optimizer is not None:
-            wrapped = isinstance(self.optimizer, AcceleratedOptimizer)
-            kind = type(self.optimizer.optimizer if wrapped else self.optimizer)
+            kind = type(self._plain_optimizer)
         if kind is not None and self.args.noise_bias_correction != issubclass(kind, AdamBC):
             raise ArgumentRefused(
                 f"noise_bias_correction={self.args.noise_bias_correction!r} with an optimizer that is there already, "
@@ -155,7 +154,7 @@ class OptimisingTrainer(PublishingTrainer):
         output, spread = super()._finalize_training(trial, num_train_samples, start_time), self._spread
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
             self._spread = {}  # is that of other weights
-        return TrainOutput(output.global_step, output.training_loss, output.metrics | spread)
+        return TrainOutput(output.global_step, output.training_loss, output.metrics | dict(spread))
 
     def _settings_shown(self) -> dict[str, Any]:
         spread = {name.replace("_", " "): f"{value:.3g}" for name, value in self._spread.items()}

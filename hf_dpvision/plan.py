@@ -17,7 +17,9 @@ from .accounting import Search
 from .accounting.search import search_of
 from .errors import ArgumentRefused, BudgetExceeded
 from .streaming import RowSource
+from .trained import trained_parameters
 from .training_args import DPTrainingArguments
+from .waiting import waiting
 
 
 logger = logging.getLogger(__name__)
@@ -79,13 +81,14 @@ def make_plan(args: DPTrainingArguments, dataset_size: int, charged: int, before
         sigma, total = before.noise_multiplier, before.total_steps
         _refuse_overrun(steps, charged, before)
     elif target is not None:
-        sigma = accounting.noise_multiplier(
-            target_epsilon=target,
-            delta=args.target_delta,
-            sample_rate=args.logical_batch_size / dataset_size,
-            steps=steps,
-            accountant=args.accountant,
-        )
+        with waiting("calibrating the noise", quiet=not args.shows_progress):
+            sigma = accounting.noise_multiplier(
+                target_epsilon=target,
+                delta=args.target_delta,
+                sample_rate=args.logical_batch_size / dataset_size,
+                steps=steps,
+                accountant=args.accountant,
+            )
     return Plan(dataset_size, args.logical_batch_size, steps, total, sigma, target, args.target_delta, charged)
 
 
@@ -277,7 +280,7 @@ def _refuse_overrun(steps: int, charged: int, before: Plan) -> None:
 
 
 def _trainable(model: nn.Module) -> dict[str, Any]:
-    shapes = sorted((name, list(p.shape)) for name, p in model.named_parameters() if p.requires_grad)
+    shapes = sorted((name, list(parameter.shape)) for name, parameter in trained_parameters(model).items())
     digest = hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
     numbers = sum(math.prod(shape) for _, shape in shapes)
     return {"tensors": len(shapes), "numbers": numbers, "names_and_shapes": digest[:16]}

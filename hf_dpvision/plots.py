@@ -66,7 +66,8 @@ def as_text_around() -> Iterator[None]:
     """Inside, axes and words are drawn for `inline_svg`, in the colour of the text that will be around them."""
     import matplotlib
 
-    with matplotlib.rc_context(dict.fromkeys(_AS_TEXT, _INK)):
+    colours: dict[Any, str] = dict.fromkeys(_AS_TEXT, _INK)
+    with matplotlib.rc_context(colours):
         yield
 
 

@@ -105,7 +105,7 @@ def _refuse_mixing(collate: Callable[[list[Any]], Any], example: Any) -> None:
 
 def _imitated(example: Any, generator: torch.Generator) -> Any:
     """The example with random values in place of its floating-point tensors and arrays; itself if there are none."""
-    changed = {}
+    changed: dict[str, Any] = {}
     for name, value in example.items() if isinstance(example, Mapping) else ():
         if isinstance(value, Tensor) and value.is_floating_point():
             changed[name] = torch.randn(value.shape, generator=generator).to(value.dtype)

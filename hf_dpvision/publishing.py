@@ -33,6 +33,8 @@ class PublishingTrainer(StatingTrainer):
     that of another step.
     """
 
+    push_in_progress: Any  # Trainer declares None, and a PushInProgress with one upload and not several
+
     def push_to_hub(
         self,
         commit_message: str | None = "End of training",
@@ -93,10 +95,9 @@ class PublishingTrainer(StatingTrainer):
             _copy(name, checkpoint_folder, staging.name)
         job = self._upload(staging, message, self.args.hub_token, self.args.hub_revision)
         job.add_done_callback(_tell_of_failure)
-        if busy:
-            self.push_in_progress.jobs.append(job)
-        else:
-            self.push_in_progress = PushInProgress([job])
+        if not busy:
+            self.push_in_progress = PushInProgress()
+        self.push_in_progress.jobs.append(job)
 
     def _staging(self) -> TemporaryDirectory:
         """Make a folder for what is going to be uploaded, which training does not touch any more."""

@@ -19,6 +19,7 @@ from .probe import describe_example, explained_failure, random_examples
 from .self_check import checked_sharding, self_check
 from .sharding import is_sharded
 from .training_args import DPTrainingArguments
+from .waiting import waiting
 
 
 _CHECKED_EXAMPLES = 3
@@ -54,7 +55,8 @@ class Rehearsal:
         if self._wanted(model):
             model.train()
             examples = self.examples(_CHECKED_EXAMPLES, next(model.parameters()).device)
-            with explained_failure(examples):
+            quiet = not self._args.shows_progress
+            with explained_failure(examples), waiting("comparing with a loop over random examples", quiet=quiet):
                 self_check(
                     _in_full_precision(model),
                     self._loss,
@@ -101,7 +103,8 @@ class Rehearsal:
                 )  # fmt: skip
 
         model.train()
-        return largest_batch(step, args.device, most) * args.rows_per_unit
+        with waiting("looking for the largest batch that fits", quiet=not args.shows_progress):
+            return largest_batch(step, args.device, most) * args.rows_per_unit
 
     def _wanted(self, model: nn.Module) -> bool:
         # a sharded model was checked by an earlier call, and cannot be copied
@@ -113,5 +116,5 @@ def _in_full_precision(model: nn.Module) -> nn.Module:
     if "_original_forward" not in vars(model):
         return model
     model = copy.deepcopy(model)
-    model.forward = model._original_forward
+    model.forward = vars(model)["_original_forward"]
     return model

@@ -32,6 +32,7 @@ from .plan import (
     search_in,
     written_facts,
 )
+from .rules.cost import NormRule
 from .statement import NEIGHBORS, RunRecord
 from .streaming import RowSource
 from .training_args import DPTrainingArguments
@@ -222,7 +223,7 @@ class PrivacyRun:
     def _mechanism(self, args: DPTrainingArguments) -> Mechanism:
         return PrivateMechanism(
             clipping=args.build_clipping(),
-            norm_rule=args.norm_rule,
+            norm_rule=NormRule(args.norm_rule),
             backward_passes=args.backward_passes,
             rows=args.rows_per_unit,
             memory_bound=args.memory_bound,

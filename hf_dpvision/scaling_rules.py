@@ -49,14 +49,13 @@ def distance_at(epsilon: float, references: Sequence[Reference]) -> float | None
     if len(references) == 1:
         (one,) = references
         return one.distance if one.epsilon is None else one.distance * epsilon / one.epsilon
-    epsilons = {one.epsilon for one in references}
-    if len(references) > 2 or None in epsilons or len(epsilons) < 2:
+    points = [(one.epsilon, one.distance) for one in references if one.epsilon is not None]
+    if not len(references) == len(points) == len(dict(points)) == 2:
         raise ArgumentRefused(
             f"{len(references)} references: the scaling rule is a line, so give one, or two at different epsilons."
         )
-    one, other = references
-    slope = (other.distance - one.distance) / (other.epsilon - one.epsilon)
-    distance = one.distance + slope * (epsilon - one.epsilon)
+    (at, there), (other, elsewhere) = points
+    distance = there + (elsewhere - there) / (other - at) * (epsilon - at)
     if distance <= 0:
         raise ArgumentRefused(
             f"The line through both references gives learning rate x steps = {distance:g} at epsilon {epsilon:g}, "

@@ -10,10 +10,14 @@ from typing import Any
 from .errors import ArgumentRefused
 
 
-# Settings that neither say whom the guarantee protects nor where things are written.
+# Settings that neither say whom the guarantee protects nor where things are written: how an optimizer uses noisy
+# gradients and which average of the iterates is released (post-processing), how the clip norm is divided (the noise is
+# that of all of it), and how many views of an image are averaged before clipping.
 _FREE = (
     "learning_rate", "weight_decay", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon",
-    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "clipping", "per_sample_max_grad_norm",
+    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "noise_bias_correction", "noise_bias_floor",
+    "low_pass_filter", "low_pass_cutoff", "ema_decay", "tail_averaging", "per_sample_max_grad_norm", "clipping",
+    "clipping_groups", "group_clipping", "clipping_shares", "augmentation_multiplicity",
 )  # fmt: skip
 # Those that epsilon depends on: they may differ between runs only if all runs are composed.
 _PRICED = ("logical_batch_size", "max_steps", "num_train_epochs", "noise_multiplier")

@@ -25,6 +25,7 @@ from .accounting.selection import draw_runs, stopping_of
 from .checkpoints import WEIGHTS
 from .errors import ArgumentRefused, BudgetExceeded
 from .evaluations import MARK
+from .guards_arguments import refuse_arguments
 from .guards_search import refuse_search
 from .plan import facts_of, planned_steps, refuse_changed_facts
 from .progress import SilentProgress, StopWhenSpent
@@ -35,6 +36,7 @@ from .search_space import Space, drawn_candidates
 from .search_state import Result, SearchFolder, SearchState
 from .termination import StopWhenTerminated
 from .training_args import DPTrainingArguments
+from .waiting import waiting
 
 
 RECORD = "search.json"
@@ -96,7 +98,7 @@ class SearchingTrainer(PublishingTrainer):
         folder = SearchFolder(self.args.output_dir)
         spent = self._run.plan is not None or (Path(self.args.output_dir) / FOLDER / FILE).exists()
         refuse_search(
-            self, hp_space, n_trials, direction, stopping, spent=spent, resumed=resume, begun=folder.exists
+            self, self.args, hp_space, n_trials, direction, stopping, spent=spent, resumed=resume, begun=folder.exists
         )
         guards.refuse_evaluation_on_training_data(self.eval_dataset, self.train_dataset, self.args)
         with folder.held():
@@ -114,16 +116,17 @@ class SearchingTrainer(PublishingTrainer):
         count = draw_runs(stopping) if runs is None else runs
         candidates = drawn_candidates(space, count, composed=stopping is None, calibrated=target is not None)
         facts, costs, sigma = *self._planned(candidates), None
-        if target is not None and stopping is None:
-            sigma = noise_multiplier_of_runs(
-                [(event.sample_rate, event.steps) for event in costs],
-                target_epsilon=target, delta=delta, accountant=self.args.accountant,
-            )  # fmt: skip
-        elif target is not None:
-            sigma = noise_multiplier_of_search(
-                target_epsilon=target, delta=delta, sample_rate=costs[0].sample_rate, steps=costs[0].steps,
-                stopping=stopping,
-            )  # fmt: skip
+        with waiting("calibrating the noise of the search", quiet=not self.args.shows_progress):
+            if target is not None and stopping is None:
+                sigma = noise_multiplier_of_runs(
+                    [(event.sample_rate, event.steps) for event in costs],
+                    target_epsilon=target, delta=delta, accountant=self.args.accountant,
+                )  # fmt: skip
+            elif target is not None:
+                sigma = noise_multiplier_of_search(
+                    target_epsilon=target, delta=delta, sample_rate=costs[0].sample_rate, steps=costs[0].steps,
+                    stopping=stopping,
+                )  # fmt: skip
         priced_runs = costs if sigma is None else [replace(event, noise_multiplier=sigma) for event in costs]
         tqdm.write(announced(self.args, priced_runs, stopping))
         record = None if stopping is None else stopping.to_dict()
@@ -136,6 +139,8 @@ class SearchingTrainer(PublishingTrainer):
         costs = []
         try:
             for args in [self._with_settings(self.args, candidate) for candidate in candidates] or [self.args]:
+                refuse_arguments(args)
+                guards.refuse_clipping(self.model, args)
                 guards.refuse_dataset(self.train_dataset, args, units)
                 rate, steps = args.logical_batch_size / size, planned_steps(args, size)
                 costs.append(Event(rate, args.noise_multiplier or 0.0, steps))
@@ -211,7 +216,9 @@ class SearchingTrainer(PublishingTrainer):
     def _use(self, args: DPTrainingArguments) -> None:
         self.args = args
         self.create_accelerator_and_postprocess()  # arguments that are made reset what accelerate shares
-        self.optimizer = self.lr_scheduler = None
+        # made for the settings before; the search was refused if there was one that is not of the arguments
+        self.optimizer = self.lr_scheduler = self.optimizer_cls_and_kwargs = None
+        self._spread = {}
         self.model.zero_grad(set_to_none=True)
 
     def _with_settings(

@@ -6,15 +6,17 @@ private images would depend on them and would have to be paid for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from .clipping import Clipping, Flat
-from .comparison import Deterministic, compare_with_loop
+from .comparison import Comparison, Deterministic, compare_with_loop
 from .dpsgd import Batch, PerExampleLoss, add_clipped_gradient_to_shards, clipped_gradient
 from .errors import MixingRefused, ModelRefused
 from .rules.cost import NormRule
@@ -69,34 +71,39 @@ def self_check(
         model, per_example_loss, batch, clipping=clipping, norm_rule=norm_rule, backward_passes=backward_passes,
         rows=rows,
     )
+    _refuse(found, type(model).__name__, tolerance)
+    return found.error
+
+
+def _refuse(found: Comparison, model: str, tolerance: float) -> None:
+    """Raise for what was found of the model called `model`, if it cannot be trained with."""
     if found.changed:
         raise ModelRefused(
-            f"a forward pass of {type(model).__name__} in training mode changes buffer(s) {found.changed[:8]}: they "
-            "would be computed from private images and released without noise. Put those modules in eval mode, or "
-            "load the model with replace_batchnorm='freeze' or 'group'."
+            f"a forward pass of {model} in training mode changes buffer(s) {found.changed[:8]}: they would be "
+            "computed from private images and released without noise. Put those modules in eval mode, or load the "
+            "model with replace_batchnorm='freeze' or 'group'."
         )
     if found.mixed:
         raise MixingRefused(
-            f"{type(model).__name__}: the loss of one example reaches the rows of another one at parameter(s) "
-            f"{found.mixed[:4]}. Either an operation lets examples influence one another, or the examples are not "
-            "kept one after another in dimension 0; then clipping bounds nothing. Remove that operation, or freeze "
-            "the parameters it reaches with requires_grad_(False)."
+            f"{model}: the loss of one example reaches the rows of another one at parameter(s) {found.mixed[:4]}. "
+            "Either an operation lets examples influence one another, or the examples are not kept one after another "
+            "in dimension 0; then clipping bounds nothing. Remove that operation, or freeze the parameters it reaches "
+            "with requires_grad_(False)."
         )
     if not found.error <= tolerance:
         raise MixingRefused(
-            f"{type(model).__name__}: clipped gradients differ from a loop over single examples by {found.error:.1e} "
-            f"(at most {tolerance:.0e} is allowed), most of all for {found.worst[:4]}: an operation lets examples "
-            "influence one another, or is not covered, and clipping bounds nothing. Remove it, or freeze the "
-            "parameters it reaches with requires_grad_(False)."
+            f"{model}: clipped gradients differ from a loop over single examples by {found.error:.1e} (at most "
+            f"{tolerance:.0e} is allowed), most of all for {found.worst[:4]}: an operation lets examples influence "
+            "one another, or is not covered, and clipping bounds nothing. Remove it, or freeze the parameters it "
+            "reaches with requires_grad_(False)."
         )
-    return found.error
 
 
 @contextmanager
 def checked_sharding(
     model: nn.Module,
     per_example_loss: PerExampleLoss,
-    batch: Batch,
+    batch: Mapping[str, Any],
     *,
     device: torch.device,
     clipping: Clipping = _FLAT,
@@ -132,11 +139,11 @@ def checked_sharding(
     model.zero_grad()
     processes = dist.get_world_size()  # each of which has added the same
     errors = {name: (total[name] / processes - grad).double().norm() for name, grad in whole.items()}
-    scale = sum(grad.double().square().sum() for grad in whole.values()).sqrt().clamp(min=1e-30)
-    error = float(sum(e.square() for e in errors.values()).sqrt() / scale)
-    if not error <= tolerance:
+    scale = get_total_norm([grad.double() for grad in whole.values()]).clamp(min=1e-30)
+    difference = float(get_total_norm(errors.values()) / scale)
+    if not difference <= tolerance:
         worst = sorted(errors, key=lambda name: float(errors[name]), reverse=True)[:4]
         raise ModelRefused(
-            f"{type(model).__name__}: spread over {processes} processes its clipped gradients differ by {error:.1e} "
-            f"from before (at most {tolerance:.0e} is allowed), most of all for {worst}. {_LARGER}"
+            f"{type(model).__name__}: spread over {processes} processes its clipped gradients differ by "
+            f"{difference:.1e} from before (at most {tolerance:.0e} is allowed), most of all for {worst}. {_LARGER}"
         )

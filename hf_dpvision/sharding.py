@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from .errors import ModelRefused
+from .trained import trained_parameters
 
 
 # An item of a list of modules with more than this part of all parameters is cut further, if it can be.
@@ -123,7 +124,7 @@ def is_sharded(model: nn.Module) -> bool:
 def local_gradients(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """This process's shard of every parameter's gradient, float32 or better; zeros where there is none yet."""
     return {
-        name: torch.zeros_like(parameter.to_local()) if parameter.grad is None else parameter.grad.to_local()
+        name: torch.zeros_like(local_part(parameter)) if parameter.grad is None else local_part(parameter.grad)
         for name, parameter in parameters.items()
     }
 
@@ -131,14 +132,15 @@ def local_gradients(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]
 def gathered_gradients(model: nn.Module) -> dict[str, Tensor]:
     """Every trainable parameter's whole gradient on the CPU, zeros where there is none; every process has to ask."""
     return {
-        name: (torch.zeros_like(parameter) if parameter.grad is None else parameter.grad).full_tensor().cpu()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
+        name: whole(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+        for name, parameter in trained_parameters(model).items()
     }
 
 
-def as_shard(local: Tensor, like: DTensor) -> DTensor:
-    """`local`, this process's part, as a sharded tensor of the global shape of `like`."""
+def as_shard(local: Tensor, like: Tensor) -> Tensor:
+    """`local`, this process's part, as `like` is: as a sharded tensor of its global shape, if that is sharded."""
+    if not isinstance(like, DTensor):
+        return local
     return DTensor.from_local(
         local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
@@ -173,7 +175,8 @@ def full_weights(model: nn.Module) -> dict[str, Tensor] | None:
     """
     if not is_sharded(model):
         return None
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return cast(dict[str, Tensor], get_model_state_dict(model, options=options))
 
 
 @contextmanager
@@ -212,9 +215,9 @@ def _shard_of(value: Any, parameter: DTensor) -> Any:
     return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-def sharded_modules(model: nn.Module) -> dict[FSDPModule, str]:
-    """The modules whose parameters are gathered together, with their names, the model among them; else none."""
-    return {module: name for name, module in model.named_modules() if isinstance(module, FSDPModule)}
+def sharded_modules(model: nn.Module) -> list[FSDPModule]:
+    """The modules whose parameters are gathered together, the model among them; else none."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 @contextmanager
@@ -223,7 +226,7 @@ def followed(model: nn.Module, follower: Follower) -> Iterator[None]:
 
     The latter it replaces to notice when the gradients of a block's inputs are complete.
     """
-    names = sharded_modules(model)
+    names = {module: name for name, module in model.named_modules() if is_sharded(module)}
     called_with: list[list[Any]] = []
 
     def before(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

@@ -13,13 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 
 from . import __version__
 from .accounting import Bounds, Ledger, Search, claim
 from .accounting.journal import Mark
 from .accounting.search import record_of
 from .clipping import Clipping
+from .rules.cost import NormRule
 from .streaming import RowSource
+from .trained import trained_parameters
 from .training_args import DPTrainingArguments
 from .wording import Unit, not_covered, unit_in_words
 
@@ -165,7 +169,10 @@ def public_settings(args: DPTrainingArguments) -> dict[str, Any]:
     names = ("learning_rate", "weight_decay", "max_steps", "num_train_epochs", "warmup_steps")
     chosen = {name: getattr(args, name) for name in names}
     precision = "bfloat16 autocast" if args.bf16 else "float32"
-    kinds = {"optimizer": args.optim.value, "learning rate schedule": args.lr_scheduler_type.value}
+    kinds: dict[str, Any] = {
+        "optimizer": OptimizerNames(args.optim).value,
+        "learning rate schedule": SchedulerType(args.lr_scheduler_type).value,
+    }
     if args.augmentation_multiplicity > 1:
         kinds["augmentation multiplicity"] = args.augmentation_multiplicity
     kinds |= args.optimisation_in_words()
@@ -215,17 +222,18 @@ def _clipping(run: RunRecord, model: nn.Module) -> dict[str, Any] | None:
         "norm": "l2",
         "granularity": run.args.clipping_granularity,
         "function": run.args.clipping_function,
-        "norm_rule": run.args.norm_rule.value,
+        "norm_rule": NormRule(run.args.norm_rule).value,
         "backward_passes": run.args.backward_passes,
     }
     if not run.args.clips_groups:
         return stated
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    sizes = {name: parameter.numel() for name, parameter in trained_parameters(model).items()}
     return stated | {"groups": run.clipping.over(sizes).bounds()}
 
 
 def _trainable(model: nn.Module) -> dict[str, Any]:
-    counts, names = {True: 0, False: 0}, {True: Counter(), False: Counter()}
+    counts = {True: 0, False: 0}
+    names: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
     for name, parameter in model.named_parameters():
         counts[parameter.requires_grad] += parameter.numel()
         names[parameter.requires_grad][_without_numbers(name)] += 1

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig, Trainer
@@ -51,13 +54,16 @@ class StatingTrainer(Trainer):
 
     Attributes:
         args: the training and privacy arguments.
+        model: what is trained.
     """
 
     args: DPTrainingArguments
+    model: nn.Module
     _run: PrivacyRun  # set by the trainer that trains
     _report: RunReport  # likewise
     _draft: Draft | None = None  # while a checkpoint is being written
     _stated: dict[str, Any] | None = None  # once adapters are merged, what was true of them
+    _spread: Mapping[str, float] = MappingProxyType({})  # of the iterates whose average the model's weights are
 
     def epsilon(self, delta: float | None = None) -> Bounds:
         """Return epsilon of the steps charged so far, at `delta` (by default `target_delta`)."""
@@ -156,12 +162,17 @@ class StatingTrainer(Trainer):
             write_statement(output_dir or self.args.output_dir, self.privacy_statement())
         super()._save(output_dir, sharding.full_weights(self.model) if state_dict is None else state_dict)
 
+    @property
+    def _plain_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer itself, without what accelerate has put around it."""
+        return self.optimizer.optimizer if isinstance(self.optimizer, AcceleratedOptimizer) else self.optimizer
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        with sharding.whole_state(self.model, self.optimizer.optimizer):
+        with sharding.whole_state(self.model, self._plain_optimizer):
             super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with sharding.whole_state(self.model, self.optimizer.optimizer):
+        with sharding.whole_state(self.model, self._plain_optimizer):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -279,7 +290,8 @@ class StatingTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if _is_peft_model(self.model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-            refuse_partly_loaded_adapter(self.model, resume_from_checkpoint, self.model.active_adapters[0])
+            adapters: Any = self.model  # of PEFT
+            refuse_partly_loaded_adapter(self.model, resume_from_checkpoint, adapters.active_adapters[0])
         else:
             load_strictly(self.model if model is None else model, resume_from_checkpoint)
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from numbers import Integral
 from pathlib import Path
 
 from .errors import ArgumentRefused
+from .numeric import is_count
 from .streaming import Streaming, Way
 
 
@@ -54,7 +54,7 @@ class StreamArguments:
         """
         for name in ("train_dataset_size", "stream_window_steps"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, Integral) and not isinstance(value, bool) and value >= 1):
+            if value is not None and not is_count(value):
                 raise ArgumentRefused(f"{name}={value!r} is not a whole number of at least 1. Leave it out, or count.")
         return Streaming(
             way=Way(self.stream_sampling),

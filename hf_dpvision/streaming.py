@@ -70,9 +70,9 @@ class Cost:
     free: int
 
     @property
-    def bytes(self) -> float | None:
-        """Of all rows."""
-        return None if self.rows is None else self.rows * self.bytes_per_row
+    def bytes(self) -> float:
+        """Of all rows; infinite if nobody knows how many there are."""
+        return math.inf if self.rows is None else self.rows * self.bytes_per_row
 
     def of_window(self, sample_rate: float, steps: int) -> float:
         """Bytes of the rows that at least one of `steps` steps has drawn, expected."""
@@ -104,7 +104,7 @@ def chosen(asked: Streaming, cost: Cost, sample_rate: float | None, epochs: floa
         if cost.rows is not None and cost.bytes > cost.free:
             raise _too_large("all rows", cost.bytes, cost, "stream_sampling='windows'")
         return replace(asked, way=Way.MATERIALISE)
-    if cost.rows is None:
+    if cost.rows is None or sample_rate is None:
         raise DataRefused(
             f"stream_sampling={asked.way.value!r} needs the number of rows, and this stream does not tell it: the "
             "sample rate is logical_batch_size / number of rows. Set train_dataset_size (it is public), or "

@@ -134,7 +134,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
 
 
-def zero_head(model: nn.Module) -> None:
+def zero_head(model: PreTrainedModel) -> None:
     """Set the last layer of the classifier to zero, so that every class starts equally likely.
 
     A random head makes the first noisy steps undo its randomness first; a zero one does not. Layers of the head

@@ -101,7 +101,7 @@ class DPTrainer(SearchingTrainer, OptimisingTrainer):
             train_dataset=train_dataset if stream is None else None,  # Trainer would want a length at once
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            model_init=model_init,
+            model_init=model_init,  # type: ignore[arg-type]  # Trainer declares transformers' models, and takes any
             compute_loss_func=compute_loss_func,
             compute_metrics=compute_metrics,
             callbacks=callbacks,
@@ -126,7 +126,6 @@ class DPTrainer(SearchingTrainer, OptimisingTrainer):
         self._draws: Draws | None = None
         self._stream: MicrobatchStream | None = None
         self._units: Units | None = None
-        self._rehearsal = Rehearsal(args, self._loss_of_examples)
 
     # The run
 
@@ -176,6 +175,7 @@ class DPTrainer(SearchingTrainer, OptimisingTrainer):
         processes.refuse_disagreement(agreement.digests(self.args, self.model, dataset_size))
         if self.args.activation_checkpointing:
             checkpoint_activations(self.model, self.args.activation_checkpointing_kwargs)
+        self._rehearsal = Rehearsal(self.args, self._loss_of_examples)
         self._rehearsal.look_at(as_read(self.train_dataset, self.args), self._collator())
         self._rehearsal.check(self.model)
         if self.args.finds_batch_size:
@@ -274,7 +274,7 @@ class DPTrainer(SearchingTrainer, OptimisingTrainer):
 
     @property
     def _examples_at_once(self) -> int:
-        return max(1, self.args.per_device_train_batch_size // self.args.rows_per_unit)
+        return max(1, int(self.args.per_device_train_batch_size) // self.args.rows_per_unit)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -304,7 +304,7 @@ class DPTrainer(SearchingTrainer, OptimisingTrainer):
             BudgetExceeded: all planned steps have been charged.
         """
         model.train()
-        self.optimizer.train()
+        self.optimizer.train()  # type: ignore[attr-defined]  # accelerate has wrapped it
         if self.args.torch_empty_cache_steps and self.state.global_step % self.args.torch_empty_cache_steps == 0:
             clear_device_cache()
         sums = self._layout.sums(model, inputs, partial(self._run_step, model), self._mechanism)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from transformers import TrainingArguments
 
 from .clipping_arguments import CLIPPINGS, SHARES, STYLES, ClippingArguments
 from .errors import ArgumentRefused
+from .numeric import is_count, is_number
 from .optimisation_arguments import OptimisationArguments
 from .report_arguments import ReportArguments
 from .rules.cost import NormRule
@@ -144,7 +144,7 @@ class DPTrainingArguments(
         },
     )
 
-    per_device_train_batch_size: int | str = field(
+    per_device_train_batch_size: int | str = field(  # type: ignore[assignment]  # a number behind __post_init__
         default=8,
         metadata={
             "help": "Most examples on a device at once; changes neither the privacy nor the result. In Python also "
@@ -203,7 +203,7 @@ class DPTrainingArguments(
         self._check_numbers()
         self._check_timeout()
         self._check_batch()
-        self.check_optimisation()
+        self.check_optimisation(self.optim, self.disable_dp)
         if not self.disable_dp:
             self._check_budget()
         self.norm_rule = NormRule(self.norm_rule)
@@ -217,8 +217,9 @@ class DPTrainingArguments(
         """Return how the model is spread over the processes; None if each of them has all of it."""
         if not self.fsdp:
             return None
-        classes = self.fsdp_config.get("transformer_layer_cls_to_wrap") or ()
-        return Sharding(tuple(classes), bool(self.fsdp_config.get("reshard_after_forward", True)))
+        config = self.fsdp_config if isinstance(self.fsdp_config, dict) else {}  # made one by TrainingArguments
+        classes = config.get("transformer_layer_cls_to_wrap") or ()
+        return Sharding(tuple(classes), bool(config.get("reshard_after_forward", True)))
 
     @property
     def sums_exactly(self) -> bool:
@@ -229,6 +230,11 @@ class DPTrainingArguments(
     def place_model_on_device(self) -> bool | None:
         """Whether `Trainer` moves the model to the device: not if it is sharded, since it may not fit there."""
         return False if self.fsdp else super().place_model_on_device
+
+    @property
+    def shows_progress(self) -> bool:
+        """Whether this process shows that something takes long."""
+        return self.should_log and not self.disable_tqdm
 
     @property
     def rows_per_unit(self) -> int:
@@ -259,7 +265,7 @@ class DPTrainingArguments(
     def _check_numbers(self) -> None:
         for name in _NUMBERS:
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
+            if value is not None and not is_number(value):
                 raise ArgumentRefused(
                     f"{name}={value!r} is a {type(value).__name__} and not a number. In YAML write 1.0e-5, because "
                     "1e-5 is read as text."
@@ -286,7 +292,7 @@ class DPTrainingArguments(
             )
         self.logical_batch_size = int(size)
         views = self.augmentation_multiplicity
-        if not _is_count(views):
+        if not is_count(views):
             raise ArgumentRefused(
                 f"augmentation_multiplicity={views!r}: so many views of each image are averaged, so it is a whole "
                 "number of at least 1. Try 4 or 8 with a random crop and flip."
@@ -322,6 +328,3 @@ class DPTrainingArguments(
                 "1e-6 up to 100,000."
             )
 
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1

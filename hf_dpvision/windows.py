@@ -144,12 +144,11 @@ class Windows:
         """The complete window of this run that has `step`, if there is one; those of other runs are removed."""
         for folder in sorted(self._folder.glob(f"{_PREFIX}*"), reverse=True):
             told = shards.Progress.read(folder)
-            ours = told is not None and all(told.identity.get(name) == v for name, v in self._identity.items())
-            if not ours and self._fill is not None:
-                shards.remove(folder)
-            if not ours or not told.complete:
+            if told is None or any(told.identity.get(name) != v for name, v in self._identity.items()):
+                if self._fill is not None:
+                    shards.remove(folder)
                 continue
             first, steps = told.identity["first"], told.identity["steps"]
-            if first <= step < first + steps:
+            if told.complete and first <= step < first + steps:
                 return _Window(first, shards.rows_of_steps(folder, first, steps))
         return None

@@ -28,86 +28,55 @@ from pathlib import Path
 # Before torch starts its threads: waiting threads that spin made a step ten times slower on cores that were shared.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import numpy as np
 import torch
 from datasets import Dataset
+from probing.arguments import PATHS as FEATURE_PATHS
+from probing.arguments import FeatureArguments, rows_of
 from probing.methods import GradientDescent, LeastSquares, Method, Prototypes, Rows
 from probing.report import Record, Score, table, write
 
 from hf_dpvision import DPTrainer, load_model
 from hf_dpvision.backbone import Backbone
-from hf_dpvision.config import parse_arguments, without_folders
-from hf_dpvision.data import (
-    DigitsData,
-    FilesData,
-    FolderData,
-    HubData,
-    ImageData,
-    Source,
-    Split,
-    load_image_data,
-    model_input,
-)
+from hf_dpvision.config import argument, parse_arguments, without_folders
+from hf_dpvision.data import ImageData, model_input
 from hf_dpvision.data.features import CachedFeatures, cached_features
 from hf_dpvision.data.shards import remove
 from hf_dpvision.errors import ArgumentRefused, DataRefused, RefusedError
+from hf_dpvision.recipe.arguments import data_name
 from hf_dpvision.results import append_record, environment
 
 
 HERE = Path(__file__).parent
-PATHS = ("train_dir", "validation_dir", "train_files", "validation_files", "features_dir", "report", "record")
+PATHS = (*FEATURE_PATHS, "report")
 METHODS = ("gd", "least_squares", "prototypes")
 
 
-def _argument(default: object, help: str) -> object:
-    return field(default=default, metadata={"help": help})
-
 
 @dataclass
-class ProbeArguments:
+class ProbeArguments(FeatureArguments):
     """The model, the images, and how heads are fitted."""
 
-    model_name_or_path: str = _argument("timm/deit_tiny_patch16_224.fb_in1k", "Hub id, timm/<name>, or a folder.")
-    image_processor_name: str | None = _argument(None, "Hub id or folder of the image processor, if not the model's.")
-    dataset_name: str | None = _argument(None, "Hub id; 'digits' is scikit-learn's 1,797 scans.")
-    dataset_config_name: str | None = _argument(None, "Configuration of the Hub data set.")
-    train_dir: str | None = _argument(None, "Folder with one sub-folder of images per class.")
-    validation_dir: str | None = _argument(None, "The same for the held-out images.")
-    train_files: str | None = _argument(None, "Local files: a path or a glob pattern.")
-    validation_files: str | None = _argument(None, "The same for the held-out images.")
-    train_val_split: float | None = _argument(None, "Fraction to hold out if there is no held-out part.")
-    label_column_name: str | None = _argument(None, "Column of the classes; found by itself if usual.")
-    max_train_samples: int | None = _argument(None, "Use a random subset (chosen by seed) of this size.")
-    max_eval_samples: int | None = _argument(None, "The same for the held-out images.")
-    image_size: int | None = _argument(None, "Height and width of the model's input, if not the model's own.")
-    crop_pct: float | None = _argument(None, "Part of the picture's shorter edge that is kept; 1 keeps all of it.")
-    seed: int = _argument(0, "Public: decides subsets, never the noise or the batches.")
-
-    features_dir: str = _argument("outputs/features", "Where features are kept, as private as the images.")
-    keep_features: bool = _argument(True, "Keep them for the next run; false deletes them at the end.")
-    half: bool = _argument(False, "Compute features in bfloat16.")
-    feature_batch_size: int = _argument(32, "Images at once while features are computed.")
-    workers: int = _argument(1, "Processes that decode images.")
-
+    model_name_or_path: str = argument("timm/deit_tiny_patch16_224.fb_in1k", "Hub id, timm/<name>, or a folder.")
+    image_processor_name: str | None = argument(None, "Hub id or folder of the image processor, if not the model's.")
+    image_size: int | None = argument(None, "Height and width of the model's input, if not the model's own.")
+    crop_pct: float | None = argument(None, "Part of the picture's shorter edge that is kept; 1 keeps all of it.")
+    half: bool = argument(False, "Compute features in bfloat16.")
+    feature_batch_size: int = argument(32, "Images at once while features are computed.")
     methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": f"Of {', '.join(METHODS)}."})
-    epsilons: list[float] = field(default_factory=lambda: [1.0, 2.0, 4.0, 8.0], metadata={"help": "One fit each."})
-    repeats: int = _argument(3, "Private fits of each kind, each with new noise.")
-    target_delta: float = _argument(1e-5, "Delta, below 1 / number of training images.")
-    gd_steps: int = _argument(40, "Steps of gradient descent.")
+    gd_steps: int = argument(40, "Steps of gradient descent.")
     gd_learning_rate: list[float] = field(
         default_factory=lambda: [10.0],
         metadata={"help": "Its learning rate, constant, with momentum 0.9: one, or one for each epsilon."},
     )
-    gd_clip_norm: float = _argument(1.0, "Its clip norm.")
-    gd_batch_size: int | None = _argument(None, "Its logical batch; by default everyone takes part in every step.")
-    gd_plain_steps: int = _argument(200, "Steps without privacy.")
-    gd_plain_learning_rate: float = _argument(60.0, "Learning rate without privacy.")
-    least_squares_weight: float = _argument(1.0, "What the cross-moment counts in the release.")
-    least_squares_ridge: float = _argument(1.0, "Ridge as a multiple of what the noise needs.")
-    report: str = _argument(
+    gd_clip_norm: float = argument(1.0, "Its clip norm.")
+    gd_batch_size: int | None = argument(None, "Its logical batch; by default everyone takes part in every step.")
+    gd_plain_steps: int = argument(200, "Steps without privacy.")
+    gd_plain_learning_rate: float = argument(60.0, "Learning rate without privacy.")
+    least_squares_weight: float = argument(1.0, "What the cross-moment counts in the release.")
+    least_squares_ridge: float = argument(1.0, "Ridge as a multiple of what the noise needs.")
+    report: str = argument(
         str(HERE / "linear_probe.md"), "Markdown file that gets a section; the plot goes beside it."
     )
-    record: str | None = _argument(None, "File of JSON lines that gets a line with everything about this run.")
 
 
 def main(command_line: list[str]) -> Record:
@@ -115,7 +84,7 @@ def main(command_line: list[str]) -> Record:
     parsed = parse_arguments([ProbeArguments], command_line, path_fields=PATHS, description=__doc__.split("\n\n")[0])
     (args,) = parsed.groups
     methods_known(args)
-    data = images_of(args)
+    data = args.images()
     if data.held_out is None:
         raise DataRefused("there is no held-out part to evaluate on: set train_val_split.")
     cached = features_of(args, data, {"train": data.train, "held-out": data.held_out})
@@ -162,24 +131,10 @@ def audited_trainer(folder: str, command_line: list[str]) -> DPTrainer:
     """
     (args,) = parse_arguments([ProbeArguments], command_line, path_fields=PATHS).groups
     methods_known(args)
-    data = images_of(args)
+    data = args.images()
     (cached,) = features_of(args, data, {"train": data.train})
     method = method_of("gd", rows_of(cached, data.train, data), args)
     return method.trainer(folder, max(args.epsilons))
-
-
-def images_of(args: ProbeArguments) -> ImageData:
-    """Return the images that the arguments name."""
-    split = Split(
-        held_out_fraction=args.train_val_split, max_train=args.max_train_samples, max_eval=args.max_eval_samples,
-        seed=args.seed,
-    )  # fmt: skip
-    return load_image_data(source_of(args), split, label_column=args.label_column_name)
-
-
-def rows_of(cached: CachedFeatures, images: Dataset, data: ImageData) -> Rows:
-    """Return the features of these images with their labels."""
-    return Rows(cached.values, np.array(images[data.columns.label][:], np.int64), len(data.names))
 
 
 def methods_known(args: ProbeArguments) -> None:
@@ -195,33 +150,7 @@ def methods_known(args: ProbeArguments) -> None:
         raise ArgumentRefused(
             f"gd_learning_rate={args.gd_learning_rate} with epsilons={args.epsilons}: give one, or one for each."
         )
-    if args.repeats < 1 or not all(0 < epsilon < math.inf for epsilon in args.epsilons):
-        raise ArgumentRefused(
-            f"repeats={args.repeats}, epsilons={args.epsilons}: at least one fit is needed, and positive finite "
-            "epsilons; the fit without privacy is made anyway."
-        )
-
-
-def source_of(args: ProbeArguments) -> Source:
-    """Return the one source of images that the arguments name."""
-    given = [name for name in ("dataset_name", "train_dir", "train_files") if getattr(args, name) is not None]
-    if len(given) != 1:
-        raise ArgumentRefused(
-            "exactly one of dataset_name, train_dir and train_files says where the images are; given: "
-            f"{', '.join(given) or 'none'}."
-        )
-    if args.train_dir is not None:
-        return FolderData(args.train_dir, args.validation_dir)
-    if args.train_files is not None:
-        return FilesData(args.train_files, args.validation_files)
-    return DigitsData() if args.dataset_name == "digits" else HubData(args.dataset_name, args.dataset_config_name)
-
-
-def data_name(args: ProbeArguments) -> str:
-    """Return how the data set is called in public: a Hub id, or the name of the folder the files are in."""
-    if args.train_dir is not None:
-        return Path(args.train_dir).resolve().name
-    return args.dataset_name if args.train_files is None else Path(args.train_files).resolve().parent.name
+    args.refuse_no_fit()
 
 
 def features_of(args: ProbeArguments, data: ImageData, parts: dict[str, Dataset]) -> list[CachedFeatures]:

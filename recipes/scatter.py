@@ -23,8 +23,9 @@ from pathlib import Path
 # Before torch starts its threads: waiting threads that spin made a step ten times slower on cores that were shared.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import numpy as np
 from PIL import Image
+from probing.arguments import PATHS, FeatureArguments, rows_of
+from probing.methods import Rows
 from probing.report import Record, Score
 from scattering.standardised import (
     StandardisedProbe,
@@ -37,60 +38,35 @@ from scattering.transform import CHANNELS, Scattering
 
 from hf_dpvision import DPTrainer, DPTrainingArguments, accounting
 from hf_dpvision.accounting import Bounds, Event, Ledger
-from hf_dpvision.config import parse_arguments, without_folders
-from hf_dpvision.data import FilesData, Split, load_image_data
+from hf_dpvision.config import argument, parse_arguments, without_folders
 from hf_dpvision.data.features import FeatureExamples, cached_features
 from hf_dpvision.data.shards import remove
 from hf_dpvision.data.transforms import Preprocessing
 from hf_dpvision.errors import ArgumentRefused, DataRefused, RefusedError
 from hf_dpvision.noise import NoiseSource
+from hf_dpvision.recipe.arguments import data_name
 from hf_dpvision.results import append_record, environment
 
 
-PATHS = ("train_files", "validation_files", "features_dir", "record")
 COLOURS = 3
 METHOD = "linear head on scattering features"
 
 
-def _argument(default: object, help: str) -> object:
-    return field(default=default, metadata={"help": help})
-
 
 @dataclass
-class ScatterArguments:
+class ScatterArguments(FeatureArguments):
     """The images, and how the head is fitted."""
 
-    train_files: str = _argument("", "Local files: a path or a glob pattern.")
-    validation_files: str | None = _argument(None, "The same for the held-out images.")
-    train_val_split: float | None = _argument(None, "Fraction to hold out if there is no held-out part.")
-    label_column_name: str | None = _argument(None, "Column of the classes; found by itself if usual.")
-    max_train_samples: int | None = _argument(None, "Use a random subset (chosen by seed) of this size.")
-    max_eval_samples: int | None = _argument(None, "The same for the held-out images.")
-    image_size: int = _argument(32, "Height and width, a multiple of 4; other pictures are resized.")
-    seed: int = _argument(0, "Public: decides subsets, never the noise or the batches.")
-
-    features_dir: str = _argument("outputs/features", "Where features are kept, as private as the images.")
-    keep_features: bool = _argument(True, "Keep them for the next run; false deletes them at the end.")
-    workers: int = _argument(0, "Processes that decode images.")
-
+    image_size: int = argument(32, "Height and width, a multiple of 4; other pictures are resized.")
+    workers: int = argument(0, "Processes that decode images.")
     epsilons: list[float] = field(default_factory=lambda: [3.0], metadata={"help": "One fit each."})
-    repeats: int = _argument(1, "Private fits of each kind, each with new noise.")
-    target_delta: float = _argument(1e-5, "Delta, below 1 / number of training images.")
-    standardisation_noise: float = _argument(20.0, "Noise multiplier of the release of means and deviations.")
-    standardisation_bound: float = _argument(2.0, "Its clip norm, as a multiple of the norm of drawn pictures.")
-    steps: int = _argument(366, "Steps of gradient descent.")
-    batch_size: int = _argument(8192, "Its logical batch.")
-    learning_rate: float = _argument(500.0, "Its learning rate, constant, with momentum 0.9.")
-    clip_norm: float = _argument(0.1, "Its clip norm.")
-    record: str | None = _argument(None, "File of JSON lines that gets a line with everything about this run.")
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Features `[n, d]` and labels `[n]` of one part."""
-
-    features: np.ndarray
-    labels: np.ndarray
+    repeats: int = argument(1, "Private fits of each kind, each with new noise.")
+    standardisation_noise: float = argument(20.0, "Noise multiplier of the release of means and deviations.")
+    standardisation_bound: float = argument(2.0, "Its clip norm, as a multiple of the norm of drawn pictures.")
+    steps: int = argument(366, "Steps of gradient descent.")
+    batch_size: int = argument(8192, "Its logical batch.")
+    learning_rate: float = argument(500.0, "Its learning rate, constant, with momentum 0.9.")
+    clip_norm: float = argument(0.1, "Its clip norm.")
 
 
 def main(command_line: list[str]) -> Record:
@@ -98,16 +74,7 @@ def main(command_line: list[str]) -> Record:
     parsed = parse_arguments([ScatterArguments], command_line, path_fields=PATHS, description=__doc__.split("\n\n")[0])
     (args,) = parsed.groups
     refuse(args)
-    data = load_image_data(
-        FilesData(args.train_files, args.validation_files),
-        Split(
-            held_out_fraction=args.train_val_split,
-            max_train=args.max_train_samples,
-            max_eval=args.max_eval_samples,
-            seed=args.seed,
-        ),
-        label_column=args.label_column_name,
-    )
+    data = args.images()
     if data.held_out is None:
         raise DataRefused("there is no held-out part to evaluate on: set train_val_split.")
     started = time.monotonic()
@@ -120,17 +87,17 @@ def main(command_line: list[str]) -> Record:
         for part, rows in (("train", data.train), ("held-out", data.held_out))
     ]
     train, held_out = (
-        Rows(part.values, np.array(rows[data.columns.label][:], np.int64))
+        rows_of(part, rows, data)
         for part, rows in zip(cached, (data.train, data.held_out), strict=True)
     )
-    scores = [score_of(epsilon, train, held_out, len(data.names), args) for epsilon in args.epsilons]
+    scores = [score_of(epsilon, train, held_out, args) for epsilon in args.epsilons]
     hardware, versions = environment()
     count = len(train.labels) + len(held_out.labels)
     record = Record(
         name=f"{parsed.config.stem}_scatter" if parsed.config else "scatter",
         command=shlex.join(["python", f"recipes/{Path(__file__).name}", *map(without_folders, command_line)]),
         model="scattering transform, nothing pretrained",
-        data=f"{Path(args.train_files).resolve().parent.name}, {len(train.labels):,} training and "
+        data=f"{data_name(args)}, {len(train.labels):,} training and "
         f"{len(held_out.labels):,} held-out images",
         features=f"Features of {count:,} images, {train.features.shape[1]:,} numbers each, took "
         f"{sum(part.seconds for part in cached) / 60:.1f} minutes, once.",
@@ -155,24 +122,21 @@ def refuse(args: ScatterArguments) -> None:
     """Refuse what cannot be run before anything is computed.
 
     Raises:
-        ArgumentRefused: no files, a size that the transform cannot halve twice, or no fit.
+        ArgumentRefused: a size that the transform cannot halve twice, or no fit.
     """
-    if not args.train_files:
-        raise ArgumentRefused("train_files says where the images are; none was given.")
     if args.image_size < 16 or args.image_size % 4:
         raise ArgumentRefused(f"image_size={args.image_size}: a multiple of 4 of at least 16 is needed.")
-    if args.repeats < 1 or not args.epsilons:
-        raise ArgumentRefused(f"repeats={args.repeats}, epsilons={args.epsilons}: at least one fit is needed.")
+    args.refuse_no_fit()
 
 
-def score_of(epsilon: float, train: Rows, held_out: Rows, classes: int, args: ScatterArguments) -> Score:
+def score_of(epsilon: float, train: Rows, held_out: Rows, args: ScatterArguments) -> Score:
     """Fit as often as told at one epsilon, each time with a release of statistics of its own."""
     started, accuracies = time.monotonic(), []
     sigma = noise_beside(args.standardisation_noise, epsilon, len(train.labels), args)
     for _ in range(args.repeats):
         ledger = Ledger()
         given = private_statistics(train, args, ledger)
-        head, spent = fitted(train, classes, given, sigma, args)
+        head, spent = fitted(train, given, sigma, args)
         total = Ledger([*ledger.events, *spent.events])
         bounds = total.epsilon(args.target_delta)
         accuracies.append(head.accuracy(held_out.features, held_out.labels))
@@ -212,10 +176,10 @@ def private_statistics(train: Rows, args: ScatterArguments, ledger: Ledger) -> S
 
 
 def fitted(
-    train: Rows, classes: int, given: Statistics, sigma: float, args: ScatterArguments
+    train: Rows, given: Statistics, sigma: float, args: ScatterArguments
 ) -> tuple[StandardisedProbe, Ledger]:
     """Return the head, and what its training spent."""
-    head = StandardisedProbe(classes, given, train.features.shape[1] // len(given.mean))
+    head = StandardisedProbe(train.num_classes, given, train.features.shape[1] // len(given.mean))
     with tempfile.TemporaryDirectory() as folder:
         trainer = DPTrainer(
             head,

@@ -1,6 +1,8 @@
 """One process of a run of several, for test_processes.py: `processes_worker.py JOB... FOLDER`, under a launcher.
 
 With `--fork` it starts its two processes itself, without a launcher that would end the survivors of a crash.
+
+Long, because its jobs are independent, one for each property that test_processes.py looks at, behind one door.
 """
 
 from __future__ import annotations

@@ -16,10 +16,12 @@ import hf_dpvision
 
 PACKAGE = Path(hf_dpvision.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
+ROOT = Path(__file__).parents[1]
+EVERY_FILE = [file for folder in ("hf_dpvision", "recipes", "tests") for file in sorted((ROOT / folder).rglob("*.py"))]
 # These depend on torch, the standard library and errors, and are audited alone.
 LEAVES = {"noise", "sampling", "clipping", "accounting", "batchnorm"}
 HOMES = {
-    "timm": {"models"},
+    "timm": {"timm_models"},
     "prv_accountant": {"accounting.prv"},
     "dp_accounting": {"accounting.pld"},
     "datasets": {"data", "metrics"},  # metrics: evaluate.Metric declares its columns as datasets.Features
@@ -30,6 +32,7 @@ HOMES = {
     "matplotlib": {"plots"},
 }
 FRONT_DOORS = {"cli", "recipe"}
+ABOVE = {"trainer", "training_args", "models", "timm_models", "data", "accounting", "noise", "sampling"}
 ABOVE_THE_ALGORITHM = {"transformers", "timm", "datasets", "evaluate", "accelerate", "huggingface_hub", "peft", "PIL"}
 
 
@@ -97,7 +100,7 @@ def everything_below(name: str) -> set[str]:
 def test_the_walk_sees_the_imports_it_should() -> None:
     assert "rules.affine" in graph()["rules.cost"]
     assert "errors" in graph()["clipping.flat"]
-    assert "timm" in outside("models")
+    assert "timm" in outside("timm_models")
     assert "capture" in everything_below("dpsgd")
 
 
@@ -111,7 +114,7 @@ def test_imports_have_no_cycle() -> None:
 @pytest.mark.parametrize("name", sorted(everything_below("dpsgd")))
 def test_the_algorithm_and_all_below_it_need_torch_alone(name: str) -> None:
     assert not outside(name) & ABOVE_THE_ALGORITHM
-    assert name.split(".")[0] not in {"trainer", "training_args", "models", "data", "accounting", "noise", "sampling"}
+    assert name.split(".")[0] not in ABOVE
 
 
 @pytest.mark.parametrize("name", sorted(name for name in NAMES if name.split(".")[0] in LEAVES))
@@ -156,6 +159,52 @@ def test_forbidden_habits(file: Path) -> None:
             assert node.id not in {"NotImplementedError", "setattr"}, f"{where}: {node.id}"
         if isinstance(node, ast.ImportFrom):
             assert all(alias.name != "*" for alias in node.names), f"{where}: import names, not everything"
+
+
+# Lines of a function, its signature and docstring included, and of a file.
+LONGEST_FUNCTION, LONGEST_FILE = 60, 350
+LONG_FILES = {
+    "tests/processes_worker.py", "tests/recipes/test_recipes.py", "tests/rules/test_operations.py",
+    "tests/test_audit.py", "tests/test_bad_input.py", "tests/test_faults.py", "tests/test_models.py",
+    "tests/test_optimisation.py", "tests/test_resume.py", "tests/test_searching.py", "tests/test_trainer.py",
+    "tests/test_units.py",
+}  # fmt: skip
+REASON = "Long, because "  # begins the sentence of a long file's docstring that says why
+
+
+def length(lines: list[str], node: ast.AST) -> int:
+    """How many of a file's lines a function takes, decorators not counted."""
+    return len(lines[node.lineno - 1 : node.end_lineno])
+
+
+def long_functions(text: str) -> list[str]:
+    """Functions, at whatever depth, that take more lines than are allowed."""
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    found = [node for node in ast.walk(ast.parse(text)) if isinstance(node, functions)]
+    return [node.name for node in found if length(text.splitlines(), node) > LONGEST_FUNCTION]
+
+
+def too_long(text: str) -> bool:
+    """Whether a file has more lines than are allowed."""
+    return len(text.splitlines()) > LONGEST_FILE
+
+
+def test_what_is_too_long_is_noticed() -> None:
+    body = ["    pass"] * LONGEST_FUNCTION
+    inner = ["class Outer:", "    def inner():", *(f"    {line}" for line in body)]
+    assert long_functions("\n".join(["def f():", *body])) == ["f"]
+    assert long_functions("\n".join(inner)) == ["inner"]
+    assert long_functions("\n".join(["@staticmethod", "def f():", *body[1:]])) == []
+    assert too_long("\n" * (LONGEST_FILE + 1)) and not too_long("\n" * LONGEST_FILE)
+
+
+@pytest.mark.parametrize("file", EVERY_FILE, ids=lambda file: str(file.relative_to(ROOT)))
+def test_functions_and_files_are_short_or_say_why_not(file: Path) -> None:
+    text, name = file.read_text(), file.relative_to(ROOT).as_posix()
+    assert not long_functions(text), f"{name}: cut {long_functions(text)} where their parts have names of their own"
+    assert too_long(text) == (name in LONG_FILES), f"{name}: cut it, or keep LONG_FILES as it is"
+    explained = REASON in (ast.get_docstring(ast.parse(text)) or "")
+    assert explained == (name in LONG_FILES), f"{name}: its docstring says why it is long if, and only if, it is"
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))

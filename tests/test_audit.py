@@ -1,4 +1,7 @@
-"""The audits keep their error rates, let a correct run pass, and catch faults of the mechanism."""
+"""The audits keep their error rates, let a correct run pass, and catch faults of the mechanism.
+
+Long, because each audit is tried on a correct mechanism and on every fault that it has to find.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
 """What users type or pass wrongly: refused before step 0 with nothing charged, warned of, or handled by a fixed rule.
 
 The numbers are those of our list of bad inputs, 1 to 66. A number may have several rows, and none may be missing.
+
+Long, because it is a table.
 """
 
 from __future__ import annotations

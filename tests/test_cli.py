@@ -127,8 +127,13 @@ def test_inspect_prints_the_plan_and_its_json(capsys):
     assert cli.main(command) == 0
     assert "ghost" in capsys.readouterr().out
     assert cli.main([*command, "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)
-    assert {"parameter", "operation", "choice"} <= set(rows[0])
+    report = json.loads(capsys.readouterr().out)
+    assert {"parameter", "operation", "choice"} <= set(report["uses"][0])
+    assert (report["model"], report["image_size"], report["norm_rule"]) == ("timm/resnet10t", 32, "mixed")
+    assert report["measured"] is None
+    assert cli.main([*command, "--json", "--measure"]) == 0
+    measured = json.loads(capsys.readouterr().out)["measured"]
+    assert set(measured) == {"seconds", "peak_bytes"} and all(value > 0 for value in measured["seconds"])
 
 
 def test_inspect_of_an_unknown_model_ends_with_code_1(capsys):

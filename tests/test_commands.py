@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from hf_dpvision import cli
-from hf_dpvision.cli.waiting import waiting
 from hf_dpvision.recipe.arguments import read_arguments
+from hf_dpvision.waiting import waiting
 
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +42,7 @@ NOT_ANSWERED = [
     ("inspect", ["timm/no_such_model"], 1),
     ("inspect", ["timm/resnet10t", "--image-size", "0"], 2),
     ("plan", [*PLAN, "--images-per-second", "0"], 2),
+    ("plan", [*PLAN, "--images-per-second", "50", "--measure"], 2),
     ("train", [], 2),
     ("train", ["--target_epsilon", "-1", "--target_delta", "1e-5", "--logical_batch_size", "5"], 2),
     ("train", ["--config", "{}/absent.yaml"], 2),
@@ -50,6 +51,7 @@ NOT_ANSWERED = [
     ("statement", ["{}"], 1),
     ("audit", ["{}/absent.py:make"], 2),
     ("audit", ["no_colon"], 2),
+    ("audit", ["{}/absent.py:make", "--plot", "{}/absent/audit.png"], 2),
 ]
 
 
@@ -77,8 +79,10 @@ def test_the_help_has_examples_that_are_accepted(command, tmp_path, monkeypatch,
     assert len(examples(command)) >= 2
     for words in examples(command):
         assert words[0] == command
+        words, behind = cli.split_words(words)
         arguments, rest = cli.parser().parse_known_args(words)
         assert not rest or arguments.hands_on
+        assert not behind or arguments.hands_on_behind
         if rest:
             assert read_arguments(rest).groups[-1].target_epsilon > 0
     with pytest.raises(SystemExit) as stopped:
@@ -92,7 +96,7 @@ def test_the_answer_is_text_or_json_with_code_0(command, capsys):
     text = capsys.readouterr().out
     assert text.strip() and text[0] not in "[{"
     assert cli.main([command, *ANSWERED[command], "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)
+    assert isinstance(json.loads(capsys.readouterr().out), dict)
 
 
 @pytest.mark.parametrize(("command", "words", "code"), NOT_ANSWERED)
@@ -121,6 +125,22 @@ def test_words_for_the_recipe_arrive_in_order_and_others_are_refused(capsys):
     assert stopped.value.code == 2 and "unrecognized arguments: --config a.yaml" in capsys.readouterr().err
 
 
+def test_words_behind_two_dashes_are_for_the_audited_recipe_alone(monkeypatch, capsys):
+    seen = {}
+    monkeypatch.setattr("hf_dpvision.cli.audits._function", lambda name: seen.update(factory=name) or no_trainer)
+
+    def no_trainer(folder, words):
+        seen["words"] = words
+
+    words = ["--config", "a.yaml", "--", "--canaries", "7"]
+    assert cli.main(["audit", "a.py:make", "--canaries", "9", "--", *words]) == 2
+    assert seen == {"factory": "a.py:make", "words": words}
+    assert "returned a NoneType" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["epsilon", *RUN, "--", "--config", "a.yaml"])
+    assert stopped.value.code == 2 and "unrecognized arguments: -- --config a.yaml" in capsys.readouterr().err
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
@@ -133,5 +153,7 @@ def test_a_command_that_takes_long_shows_a_sign_of_life_on_a_terminal_alone(monk
             while seen and "computing: 00:" not in stream.getvalue():
                 time.sleep(0.01)
         assert ("computing" in stream.getvalue()) is seen
-    with waiting(None, 0.0):
-        assert stream.getvalue() == ""
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with waiting("computing", 0.0, quiet=True):
+        time.sleep(0.1)
+    assert sys.stderr.getvalue() == ""

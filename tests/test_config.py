@@ -9,6 +9,7 @@ import pytest
 
 from hf_dpvision.config import parse_arguments
 from hf_dpvision.errors import ArgumentRefused
+from hf_dpvision.recipe.arguments import read_arguments
 
 
 @dataclass
@@ -100,3 +101,12 @@ def test_settings_are_what_was_given_without_folders_of_the_machine(tmp_path):
     parsed = parse_arguments([Arguments], command_line, path_fields=["train_dir"])
     assert parsed.settings() == {"model": "owner/name", "rate": 0.001, "steps": 7, "train_dir": "pictures"}
     assert "rate" not in parsed.settings(leave_out={"rate"})
+
+
+def test_a_mapping_on_the_command_line_is_json(tmp_path):
+    words = ["--output_dir", str(tmp_path), "--noise_multiplier", "1", "--target_delta", "1e-5",
+             "--logical_batch_size", "5", "--use_cpu", "true", "--metric_options"]  # fmt: skip
+    assert read_arguments([*words, '{"average": "macro"}']).groups[1].metric_options == {"average": "macro"}
+    for text in ("macro", "[1]"):
+        with pytest.raises(ArgumentRefused, match="metric_options='?.*is no JSON object. Write it as"):
+            read_arguments([*words, text])

@@ -1,4 +1,7 @@
-"""Faults of machines and files: nothing is lost, nothing is told, and epsilon is never below the truth."""
+"""Faults of machines and files: nothing is lost, nothing is told, and epsilon is never below the truth.
+
+Long, because every fault has a file or a machine of its own to break.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Models come in by many doors and leave by one: as float32 classifiers that can be saved and loaded again."""
+"""Models come in by many doors and leave by one: as float32 classifiers that can be saved and loaded again.
+
+Long, because every door has its properties.
+"""
 
 from __future__ import annotations
 

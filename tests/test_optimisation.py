@@ -1,4 +1,7 @@
-"""What is made of noisy gradients and of iterates is what the papers define, costs nothing, and survives a crash."""
+"""What is made of noisy gradients and of iterates is what the papers define, costs nothing, and survives a crash.
+
+Long, because three methods are each held to their definition, and then to crashes and processes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A run that was interrupted goes on as if it had not been, and what was spent is never forgotten."""
+"""A run that was interrupted goes on as if it had not been, and what was spent is never forgotten.
+
+Long, because there are many ways to be interrupted, and as many things that must not change.
+"""
 
 from __future__ import annotations
 

@@ -1,24 +1,30 @@
-"""A search over settings states what all of it costs, also after it was killed, and lets nothing else out."""
+"""A search over settings states what all of it costs, also after it was killed, and lets nothing else out.
+
+Long, because both ways to pay are held to the same properties.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import shutil
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from trainer_cases import Images, Linear, trainer, weights
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
-from hf_dpvision import accounting, verify
+from hf_dpvision import DPTrainingArguments, accounting, verify
 from hf_dpvision.accounting import Event, Ledger, TruncatedNegativeBinomial, selection
 from hf_dpvision.accounting.journal import read_journal
+from hf_dpvision.clipping import Flat, PerGroup
 from hf_dpvision.errors import ArgumentRefused, BudgetExceeded, LedgerRefused
+from hf_dpvision.optimisation import AdamBC
 from hf_dpvision.release import released_files, unexpected_files
-from hf_dpvision.search_space import Draws
+from hf_dpvision.search_space import _FREE, _PRICED, Draws
 from hf_dpvision.search_state import WORK, Result, SearchState
 
 
@@ -321,6 +327,13 @@ def test_no_run_at_all_releases_nothing(tmp_path, monkeypatch):
         ({}, {"hp_space": lambda draws: {"logical_batch_size": 65}, "n_trials": 1}, "larger than the training set"),
         ({}, {"hp_space": lambda draws: {"clipping": "none"}, "n_trials": 1}, "not known"),
         (
+            {},
+            {"hp_space": lambda draws: {"clipping": "per_group", "clipping_groups": {"head.w": "w"}}, "n_trials": 1},
+            "leave out the parameter",
+        ),
+        ({}, {"hp_space": lambda draws: {"optim": "lomo"}, "n_trials": 1}, "optim="),
+        ({}, {"hp_space": lambda draws: {"ema_decay": 0.9, "tail_averaging": 2}, "n_trials": 1}, "one average"),
+        (
             {"noise_multiplier": None, "target_epsilon": 2.0},
             {"hp_space": lambda draws: {"noise_multiplier": 1.0}, "n_trials": 1},
             "decides about the noise",
@@ -380,6 +393,67 @@ def test_a_statement_that_is_silent_about_the_search_contradicts_its_ledger(tmp_
     run.hyperparameter_search(space, stopping=STOPPING)
     run._run.search = None
     assert any("hyperparameter_tuning.stopping" in one for one in findings(run))
+
+
+def test_settings_behind_the_noise_and_of_clipping_and_views_may_vary_and_cost_nothing(tmp_path, monkeypatch):
+    candidates = (
+        {"optim": "adamw_torch", "noise_bias_correction": True, "noise_bias_floor": 0.5},
+        {"low_pass_filter": 2, "low_pass_cutoff": 0.2, "ema_decay": 0.5},
+        {"clipping": "per_layer", "group_clipping": "automatic", "clipping_shares": "size"},
+        {"clipping": "per_group", "clipping_groups": {"": "all"}, "tail_averaging": 2},
+        {"augmentation_multiplicity": 2},
+    )
+    drawn, used, checked = iter(candidates), [], []
+
+    class Used(TrainerCallback):
+        def on_train_begin(self, args, state, control, optimizer, **kwargs):
+            used.append((args, type(optimizer.optimizer)))
+
+    def checking(*args, clipping, rows, **more):
+        checked.append((type(clipping), rows))
+
+    monkeypatch.setattr("hf_dpvision.rehearsal.self_check", checking)
+    run = searching(tmp_path, callbacks=[Used()], self_check=True)
+    run.hyperparameter_search(lambda draws: next(drawn), n_trials=5)
+    for settings, (args, _) in zip(candidates, used, strict=True):
+        assert settings == {name: getattr(args, name) for name in settings}
+    assert [kind is AdamBC for _, kind in used] == [True, False, False, False, False]
+    assert checked == [(Flat, 1), (Flat, 1), (PerGroup, 1), (PerGroup, 1), (Flat, 2)]
+    assert run._run.ledger == Ledger([Event(RATE, 1.0, 5 * STEPS)])
+    assert findings(run) == []
+
+
+def test_every_argument_of_ours_is_searched_over_or_there_is_a_reason_against_it():
+    kept = {
+        "say whom the guarantee protects, or how well": {
+            "target_epsilon", "target_delta", "privacy_unit", "privacy_unit_column", "examples_per_unit", "id_column",
+            "accountant", "disable_dp", "secure_noise", "eval_data",
+        },
+        "change nothing in the result": {
+            "norm_rule", "backward_passes", "memory_bound", "self_check", "dataloader_timeout", "full_determinism",
+            "per_device_train_batch_size", "auto_find_batch_size", "average_tokens_across_devices",
+        },
+        "say what is read, or where things are written": {
+            "train_data_name", "train_dataset_size", "stream_sampling", "stream_window_steps", "stream_dir",
+            "run_report", "logging_steps", "save_total_limit", "remove_unused_columns", "label_names",
+        },
+        "must stay": {"max_grad_norm"},
+    }  # fmt: skip
+    inherited = {field.name: field.default for field in fields(TrainingArguments)}
+    own = {one.name for one in fields(DPTrainingArguments) if inherited.get(one.name, MISSING) is not one.default}
+    searched = set(_FREE + _PRICED)
+    reasons = set().union(*kept.values())
+    assert not searched & reasons
+    assert own <= searched | reasons, sorted(own - searched - reasons)
+    assert reasons <= {one.name for one in fields(DPTrainingArguments)}
+
+
+@pytest.mark.parametrize("call", [{"n_trials": 2}, {"stopping": STOPPING}])
+def test_how_far_the_iterates_of_other_runs_lay_apart_is_not_told(tmp_path, call):
+    run = searching(tmp_path, tail_averaging=2)
+    run.hyperparameter_search(space, **call)
+    run.create_model_card()
+    assert "iterate std" not in (tmp_path / "README.md").read_text()
 
 
 def test_draws_stay_in_their_range_and_reach_all_of_it():

@@ -1,4 +1,7 @@
-"""One training step is one step of DP-SGD, whatever the microbatches; what is said and saved is true and harmless."""
+"""One training step is one step of DP-SGD, whatever the microbatches; what is said and saved is true and harmless.
+
+Long, because the trainer puts all parts together, and is looked at from each of them.
+"""
 
 from __future__ import annotations
 

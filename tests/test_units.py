@@ -1,4 +1,7 @@
-"""Privacy of units: all images of one patient are drawn, clipped and stated as one."""
+"""Privacy of units: all images of one patient are drawn, clipped and stated as one.
+
+Long, because units go through all parts: data, draws, clipping, claims and processes.
+"""
 
 from __future__ import annotations
 

@@ -156,9 +156,10 @@ class Journal:
 
     def mend(self) -> Mark:
         """Replace a torn last line by the step it is counted as, and return where the ledger stands."""
+        if self.history is None:
+            raise LedgerError("There is no ledger whose last line could be torn. Call start().")
         chains = self.history.chains
-        self.mark = Mark(self.history.run_id, len(chains), chains[-1])
-        self._repair(self.history)
+        self.mark = self._repaired(self.history, Mark(self.history.run_id, len(chains), chains[-1]))
         return self.mark
 
     def charge(self, sample_rate: float, noise_multiplier: float) -> None:
@@ -177,7 +178,7 @@ class Journal:
         self._lock.release()
 
     def _append(self, content: dict[str, Any]) -> None:
-        if self._descriptor is None:
+        if self._descriptor is None or self.mark is None:
             raise LedgerError("The ledger is closed: steps are taken inside train() only. Call train().")
         line, chain = _line(self.mark.chain, content)
         try:
@@ -190,8 +191,9 @@ class Journal:
         self.mark = Mark(self.mark.run_id, self.mark.records + 1, chain)
 
     def _failed(self, error: OSError) -> LedgerError:
-        os.close(self._descriptor)
-        self._descriptor = None  # nothing may follow a line that could be torn
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None  # nothing may follow a line that could be torn
         return LedgerError(
             f"The ledger {FOLDER}/{FILE} could not be written ({error}): a step that is not written down must not be "
             "taken, so no noise was drawn and training stops. Make room and resume from the last checkpoint."
@@ -215,11 +217,11 @@ class Journal:
             raise _unwritable(error) from error
         self.mark = Mark(run_id, 2, chain)
 
-    def _repair(self, history: History) -> None:
+    def _repaired(self, history: History, mark: Mark) -> Mark:
         if history.torn_at is None:
-            return
+            return mark
         facts = history.calls[-1]
-        line, chain = _line(self.mark.chain, _step(facts["sample_rate"], facts["noise_multiplier"]))
+        line, chain = _line(mark.chain, _step(facts["sample_rate"], facts["noise_multiplier"]))
         try:
             with self._path.open("r+b", buffering=0) as file:
                 file.seek(history.torn_at)
@@ -228,7 +230,7 @@ class Journal:
                 os.fsync(file.fileno())
         except OSError as error:
             raise _unwritable(error) from error
-        self.mark = Mark(self.mark.run_id, self.mark.records + 1, chain)
+        return Mark(mark.run_id, mark.records + 1, chain)
 
 
 def _step(sample_rate: float, noise_multiplier: float) -> dict[str, Any]:

@@ -56,6 +56,8 @@ class Search:
 
     def drawn(self) -> str:
         """The distribution of the number of runs in words."""
+        if self.stopping is None:
+            return f"{self.runs}"
         content = self.stopping.to_dict()
         shape = "" if content["shape"] is None else f" and shape {content['shape']:g}"
         return f"{content['distribution'].replace('-', ' ')} with mean {content['mean']:g}{shape}"

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from ..errors import ArgumentRefused
+from ..trained import trained_parameters
+from .audited import AuditedTrainer
 
 
 Direction = Mapping[str, Tensor]  # qualified parameter name -> its part of a vector over all trainable parameters
@@ -20,11 +22,12 @@ _ORTHOGONAL = 1e-3
 
 def gradient_direction(losses: Tensor, model: nn.Module) -> Direction:
     """The direction of one example's gradient, by ordinary autograd, from its loss `[1]`; float64, on the CPU."""
-    names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
+    trained = trained_parameters(model)
+    parameters = list(trained.values())
     gradients = torch.autograd.grad(losses.sum(), parameters, allow_unused=True, materialize_grads=True)
     parts = [gradient.detach().double().cpu() for gradient in gradients]
     length = torch.stack([part.square().sum() for part in parts]).sum().sqrt()
-    return {name: part / length for name, part in zip(names, parts, strict=True)}
+    return {name: part / length for name, part in zip(trained, parts, strict=True)}
 
 
 def refuse_mixed_directions(directions: Sequence[Direction]) -> None:
@@ -44,7 +47,7 @@ def refuse_mixed_directions(directions: Sequence[Direction]) -> None:
         )
 
 
-def released_along(directions: Sequence[Direction], trainer: Trainer) -> np.ndarray:
+def released_along(directions: Sequence[Direction], trainer: AuditedTrainer) -> np.ndarray:
     """Train, and return the released gradient of every step along each direction, `[steps, k]`."""
     projections = _Projections(directions)
     trainer.add_callback(projections)
@@ -61,9 +64,9 @@ class _Projections(TrainerCallback):
         self.values: list[np.ndarray] = []
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
-        found = sum(
+        along = [
             self._matrix[name].double() @ parameter.grad.detach().flatten().double().cpu()
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad
-        )
-        self.values.append(found.numpy())
+            for name, parameter in trained_parameters(model).items()
+            if parameter.grad is not None
+        ]
+        self.values.append(torch.stack(along).sum(0).numpy())

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Trainer
+from tqdm.auto import tqdm
 
 from ..data.examples import Streamed
 from ..errors import ArgumentRefused
+from .audited import AuditedTrainer
 from .canaries import CanarySet, with_canaries
 from .single_run import best_guesses
 
@@ -56,7 +57,7 @@ class Finding:
 
 
 def audit_run(
-    trainer: Trainer, canaries: int, confidence: float = 0.95, *, coins: np.random.Generator | None = None
+    trainer: AuditedTrainer, canaries: int, confidence: float = 0.95, *, coins: np.random.Generator | None = None
 ) -> Finding:
     """Put canaries into the training set of `trainer`, train it, and bound epsilon from below by their losses.
 
@@ -107,7 +108,7 @@ def audit_run(
     )
 
 
-def _refuse(trainer: Trainer) -> None:
+def _refuse(trainer: AuditedTrainer) -> None:
     args = trainer.args
     if args.disable_dp:
         raise ArgumentRefused("disable_dp=True: the run claims nothing, so there is no claim to audit.")
@@ -124,15 +125,17 @@ def _refuse(trainer: Trainer) -> None:
         raise ArgumentRefused(f"{args.world_size} processes: every process would flip other coins. Start one.")
 
 
-def _losses(trainer: Trainer, audited: CanarySet) -> np.ndarray:
+def _losses(trainer: AuditedTrainer, audited: CanarySet) -> np.ndarray:
     """The loss of every canary, in or not, in evaluation mode; `[canaries]`."""
-    size = max(1, trainer.args.per_device_eval_batch_size)
+    args = trainer.args
+    size = max(1, args.per_device_eval_batch_size)
     trainer.model.eval()
     found = []
     with torch.no_grad():
-        for start in range(0, len(audited.canaries), size):
+        starts = range(0, len(audited.canaries), size)
+        for start in tqdm(starts, "losses of the canaries", delay=2, leave=False, disable=not args.shows_progress):
             batch = trainer.data_collator(list(audited.canaries[start : start + size]))
-            found.append(trainer.per_sample_loss(trainer.model, _on(batch, trainer.args.device)).float().cpu())
+            found.append(trainer.per_sample_loss(trainer.model, _on(batch, args.device)).float().cpu())
     return torch.cat(found).numpy()
 
 

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import scipy.fft
 from scipy.stats import beta, kstest
-from transformers import Trainer
 
 from ..accounting import Event, renyi
 from ..accounting.privacy_loss import TruncatedLoss
 from ..errors import ArgumentRefused
+from .audited import AuditedTrainer
 from .directions import Direction, refuse_mixed_directions, released_along
 
 
@@ -97,7 +97,7 @@ class ComposedLoss:
 
 
 def audit_pipeline(
-    runs: Iterable[tuple[Trainer, np.ndarray]],
+    runs: Iterable[tuple[AuditedTrainer, np.ndarray]],
     directions: Sequence[Direction],
     *,
     error_rate: float = 1e-6,
@@ -125,7 +125,8 @@ def audit_pipeline(
             canaries of each kind.
     """
     refuse_mixed_directions(directions)
-    claims, sums = [], {True: [], False: []}
+    claims = []
+    sums: dict[bool, list[np.ndarray]] = {True: [], False: []}
     for trainer, present in runs:
         released = released_along(directions, trainer)
         statement = trainer.privacy_statement()

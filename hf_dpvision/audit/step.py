@@ -12,10 +12,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from transformers import Trainer
-
 from .. import accounting
 from ..errors import ArgumentRefused
+from .audited import AuditedTrainer
 from .directions import Direction, refuse_mixed_directions, released_along
 from .separation import Separation, separation
 
@@ -68,7 +67,7 @@ def epsilon_of_mu(mu: float, delta: float) -> float:
 
 
 def audit_step(
-    present: Trainer, absent: Trainer, directions: Sequence[Direction], *, error_rate: float = 0.005
+    present: AuditedTrainer, absent: AuditedTrainer, directions: Sequence[Direction], *, error_rate: float = 0.005
 ) -> StepAudit:
     """Train both trainers and compare what they release along the canaries' directions.
 

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import ArgumentRefused, DPVisionError
+from ..waiting import waiting
 from . import audits, costs, planning, plans, statements, training
-from .waiting import waiting
 
 
 _CODES = """\
@@ -42,12 +42,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: code 2 from argparse for a malformed command line, code 0 after `--help`, code 143 as said above.
     """
-    arguments, arguments_of_run = parser().parse_known_args(argv)
-    if arguments_of_run and not arguments.hands_on:
-        arguments.parser.error(f"unrecognized arguments: {' '.join(arguments_of_run)}")
-    arguments.rest = arguments_of_run
+    words, behind = split_words(sys.argv[1:] if argv is None else argv)
+    arguments, unknown = parser().parse_known_args(words)
+    if unknown and not arguments.hands_on:
+        arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if behind and not arguments.hands_on_behind:
+        arguments.parser.error(f"unrecognized arguments: -- {' '.join(behind)}")
+    arguments.rest = [*unknown, *behind]
     try:
-        with waiting(arguments.waits):
+        with waiting(arguments.waits or "", quiet=arguments.waits is None):
             answer = arguments.answer(arguments)
     except DPVisionError as error:
         print(f"hf-dpvision {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
@@ -55,6 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not answer.silent:
         print(json.dumps(answer.report, indent=2, allow_nan=False) if arguments.json else answer.text)
     return answer.code
+
+
+def split_words(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the words before the first `--`, and those behind it, which are not for our parser."""
+    words = list(argv)
+    end = words.index("--") if "--" in words else len(words)
+    return words[:end], words[end + 1 :]
 
 
 def parser() -> argparse.ArgumentParser:

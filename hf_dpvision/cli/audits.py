@@ -29,7 +29,7 @@ trained model is thrown away. Exit code 1 if the bound exceeds the claim.
 
 A bound below the claim proves nothing: see what is printed. The trainer comes from a function of yours,
 function(folder, arguments) -> DPTrainer, which returns it untrained, with folder as its output_dir; arguments are
-those behind --, which come last.
+those behind --, which come last, a list of words.
 
 examples:
   hf-dpvision audit recipes/finetune_image_classification.py:audited_trainer
@@ -54,7 +54,8 @@ def register(commands: Any) -> None:
     """Add the command."""
     audit = add_command(commands, "audit", _AUDIT_HELP, _audit)
     audit.add_argument("factory", help="file.py:function or package.module:function")
-    audit.add_argument("arguments", nargs="*", help="behind --: handed to the function")
+    audit.usage = "hf-dpvision audit [options] factory [-- arguments of the function]"
+    audit.set_defaults(hands_on_behind=True)
     audit.add_argument("--canaries", type=int, default=400, help="how many (default %(default)s)")
     audit.add_argument("--confidence", type=float, default=0.95, help="of the lower bound (default %(default)s)")
     audit.add_argument("--plot", type=Path, metavar="PNG", help="picture of the scores (needs the extra `audit`)")
@@ -67,6 +68,8 @@ def _audit(arguments: argparse.Namespace) -> Answer:
 
     if arguments.plot is not None:
         plot.refuse_missing()
+        if not arguments.plot.absolute().parent.is_dir():
+            raise ArgumentRefused(f"--plot {arguments.plot}: there is no such folder, and the picture comes last.")
     factory = _function(arguments.factory)
     # what training prints is not the answer
     with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as folder:
@@ -79,7 +82,7 @@ def _audit(arguments: argparse.Namespace) -> Answer:
 def _made(factory: Callable[[str, list[str]], DPTrainer], folder: str, arguments: argparse.Namespace) -> DPTrainer:
     from ..trainer import DPTrainer
 
-    trainer = factory(folder, arguments.arguments)
+    trainer = factory(folder, arguments.rest)
     if not isinstance(trainer, DPTrainer):
         raise ArgumentRefused(f"{arguments.factory} returned a {type(trainer).__name__} and not a DPTrainer.")
     return trainer
@@ -101,6 +104,8 @@ def _loaded(file: Path) -> ModuleType:
         raise ArgumentRefused(f"There is no file {file}.")
     name = f"audited_{file.stem}"  # no module that is already there
     spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ArgumentRefused(f"{file} is no Python file.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # where dataclasses look themselves up
     with _importable(file.resolve().parent):

@@ -49,5 +49,6 @@ def add_command(
         allow_abbrev=False,
     )
     command.add_argument("--json", action="store_true", help="print JSON instead of text")
-    command.set_defaults(answer=answer, parser=command, waits=waits, hands_on=False)
+    # a command that hands on what our parser does not know, anywhere or behind `--`, says so itself
+    command.set_defaults(answer=answer, parser=command, waits=waits, hands_on=False, hands_on_behind=False)
     return command

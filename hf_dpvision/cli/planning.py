@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from ..errors import ArgumentRefused
+from ..waiting import waiting
 from .commands import Answer, add_command
 
 
@@ -87,6 +88,8 @@ def _reference(text: str) -> Reference:
 
 def _speed(arguments: argparse.Namespace) -> float:
     if arguments.images_per_second is not None:
+        if arguments.measure:
+            raise ArgumentRefused("--images-per-second is the speed, and --measure times --model. Give one of them.")
         return arguments.images_per_second
     if not arguments.measure:
         raise ArgumentRefused(
@@ -96,7 +99,8 @@ def _speed(arguments: argparse.Namespace) -> float:
         raise ArgumentRefused(f"--image-size {arguments.image_size}: an image has at least one pixel a side.")
     from ..inspect import images_per_second  # it loads torch and the model libraries
 
-    return images_per_second(arguments.model, arguments.image_size)
+    with waiting("timing the step"):
+        return images_per_second(arguments.model, arguments.image_size)
 
 
 def _told(budget: Budget, found: Proposals) -> str:

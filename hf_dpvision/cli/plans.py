@@ -40,7 +40,15 @@ def _inspect(arguments: argparse.Namespace) -> Answer:
     from ..inspect import format_plan, format_price, inspect_model, measure_model
 
     rows = inspect_model(arguments.model, arguments.image_size, arguments.norm_rule)
-    if not arguments.measure:
-        return Answer([asdict(row) for row in rows], format_plan(rows))
-    price = measure_model(arguments.model, arguments.image_size, arguments.norm_rule)
-    return Answer([*map(asdict, rows), asdict(price)], f"{format_plan(rows)}\n{format_price(price)}")
+    text, price = format_plan(rows), None
+    if arguments.measure:
+        price = measure_model(arguments.model, arguments.image_size, arguments.norm_rule)
+        text += f"\n{format_price(price)}"
+    report = {
+        "model": arguments.model,
+        "image_size": arguments.image_size,
+        "norm_rule": arguments.norm_rule,
+        "uses": [asdict(row) for row in rows],
+        "measured": None if price is None else asdict(price),
+    }
+    return Answer(report, text)

@@ -36,7 +36,7 @@ def register(commands: Any) -> None:
     """Add the command."""
     train = add_command(commands, "train", _TRAIN_HELP, _train)
     train.add_argument("--list-arguments", action="store_true", help="print all arguments of a run, and run nothing")
-    train.set_defaults(hands_on=True)
+    train.set_defaults(hands_on=True, hands_on_behind=True)
 
 
 def _train(arguments: argparse.Namespace) -> Answer:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
 
@@ -219,8 +219,7 @@ def _embedded(
 ) -> Iterator[np.ndarray]:
     """Yield features `[b, d]` of the rows from `first` on."""
     nothing = torch.zeros(len(preprocessing.mean), *preprocessing.size)
-    end = len(examples)
-    batches = [range(start, min(start + batch_size, end)) for start in range(first, end, batch_size)]
+    batches = BatchSampler(range(first, len(examples)), batch_size, drop_last=False)
     # with its own generator: nothing is drawn, and the global one does not move
     loader = DataLoader(
         examples, batch_sampler=batches, num_workers=workers, collate_fn=list, generator=torch.Generator()

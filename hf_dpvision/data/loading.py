@@ -57,20 +57,20 @@ class Split:
         if held_out is None and self.held_out_fraction is not None:
             if not 0 < self.held_out_fraction < 1:
                 raise DataRefused(f"train_val_split must lie in (0, 1), got {self.held_out_fraction}.")
-            train, held_out = self._set_aside(train)
+            train, held_out = self._set_aside(train, self.held_out_fraction)
         held_out = None if held_out is None else self._subset(held_out, self.max_eval, "max_eval_samples")
         return self._subset(train, self.max_train, "max_train_samples"), held_out
 
-    def _set_aside(self, rows: Dataset) -> tuple[Dataset, Dataset]:
+    def _set_aside(self, rows: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
         if self.unit_column is None:
-            both = rows.train_test_split(test_size=self.held_out_fraction, seed=self.seed)
+            both = rows.train_test_split(test_size=fraction, seed=self.seed)
             return both["train"], both["test"]
         units = group_rows(rows, self.unit_column)
         chosen = np.random.default_rng(self.seed).permutation(len(units))
-        count = math.ceil(self.held_out_fraction * len(units))
+        count = math.ceil(fraction * len(units))
         if count == len(units):
             raise DataRefused(
-                f"train_val_split={self.held_out_fraction} of the {len(units)} units of column {self.unit_column!r} "
+                f"train_val_split={fraction} of the {len(units)} units of column {self.unit_column!r} "
                 "leaves none to train on. Choose less."
             )
         parts = (chosen[count:], chosen[:count])

@@ -165,8 +165,10 @@ def make_private(folder: Path) -> None:
 
 
 def _opened(folder: Path) -> Dataset:
-    shards = Progress.read(folder).shards
-    return concatenate_datasets([Dataset.from_file(str(folder / shard.file)) for shard in shards])
+    progress = Progress.read(folder)
+    if progress is None:
+        raise DataRefused(f"the rows kept in {folder.name!r} cannot be read. Delete it to begin the pass anew.")
+    return concatenate_datasets([Dataset.from_file(str(folder / shard.file)) for shard in progress.shards])
 
 
 def _begun(folder: Path, identity: Mapping[str, Any]) -> Progress:
@@ -193,7 +195,8 @@ class _Pass:
         self._reader = Reader(stream, features, None if last is None else last.state)
         self._seen = 0 if last is None else last.first
         self._waiting: list[pa.Table] = []
-        self._began, self._state = progress.seen, None
+        self._began = progress.seen
+        self._state: dict[str, Any] | None = None
 
     def run(self, look: Callable[[pa.Table, int], None]) -> Progress:
         tables = iter(self._reader)
@@ -223,7 +226,8 @@ class _Pass:
             table = next(tables, None)
             count = 0 if table is None else len(table)
             start, end = np.searchsorted(arrivals, [self._seen, self._seen + count])
-            same = count and table.take(arrivals[start:end] - self._seen).equals(before.slice(start, end - start))
+            kept = before.slice(start, end - start)
+            same = table is not None and count and table.take(arrivals[start:end] - self._seen).equals(kept)
             if not same or self._seen + count > self._progress.seen:
                 raise DataRefused(
                     f"the stream {self._part!r} gives other rows than before, from row {self._seen} on: some images "

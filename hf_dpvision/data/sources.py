@@ -84,11 +84,13 @@ class FolderData:
         return self._open(streaming=True)
 
     def _open(self, streaming: bool) -> DatasetDict | IterableDatasetDict:
-        folders = {"train": self.train_dir, "validation": self.validation_dir}
-        patterns = {part: str(Path(folder) / "**") for part, folder in folders.items() if folder is not None}
-        for part in patterns:
-            if not Path(folders[part]).is_dir():
-                raise DataRefused(f"the image folder {folders[part]!r} ({part}) does not exist.")
+        folders = {"train": self.train_dir}
+        if self.validation_dir is not None:
+            folders["validation"] = self.validation_dir
+        patterns = {part: str(Path(folder) / "**") for part, folder in folders.items()}
+        for part, folder in folders.items():
+            if not Path(folder).is_dir():
+                raise DataRefused(f"the image folder {folder!r} ({part}) does not exist.")
         options = {"cache_dir": self.cache_dir, "drop_labels": False, "streaming": streaming}
         what = f"image folder {self.train_dir!r}"
         return _load(what, lambda: load_dataset("imagefolder", data_files=patterns, **options))
@@ -154,7 +156,7 @@ class FilesData:
             folders = {Path(file).resolve().parent for file in files[part]}
             columns = rows.column_names
             named = self.image_column or next((name for name in IMAGE_NAMES if name in columns), None)
-            if named not in columns or len(folders) != 1:
+            if named is None or named not in columns or len(folders) != 1:
                 raise DataRefused(
                     f"the CSV files {files[part]} have the columns {columns} and lie in {len(folders)} folders: name "
                     "the column of the paths with image_column_name, and keep the files in one folder."

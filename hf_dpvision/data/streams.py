@@ -29,9 +29,17 @@ _NESTED = (List, LargeList, Sequence, Array2D, Array3D, Array4D, Array5D)
 class Stream(Protocol):
     """Rows that come one after the other, and what the loader reads once they lie on the disk."""
 
-    rows: IterableDataset
-    label: str | None
-    part: str
+    @property
+    def rows(self) -> IterableDataset:
+        """What is read."""
+
+    @property
+    def label(self) -> str | None:
+        """The column of the classes; None if it is not known which one that is, or whether it holds classes."""
+
+    @property
+    def part(self) -> str:
+        """Name used in messages."""
 
     def examples(self, rows: Dataset) -> Any:
         """Return the map-style data set of rows that were kept."""
@@ -72,7 +80,7 @@ class RowStream:
 
     rows: IterableDataset
     part: str = "train"
-    label: None = None  # which column it is, and whether it holds classes, is not known
+    label: None = None
 
     def examples(self, rows: Dataset) -> Dataset:
         """Return the rows that were kept."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,7 +99,7 @@ class ImageTransform:
         return (pixels - mean[:, None, None]) / std[:, None, None]
 
 
-def preprocessing_from_timm(pretrained_cfg: Mapping[str, object]) -> Preprocessing:
+def preprocessing_from_timm(pretrained_cfg: Mapping[str, Any]) -> Preprocessing:
     """Read timm's `pretrained_cfg` (`input_size`, `crop_pct`, `crop_mode`, `interpolation`, `mean`, `std`).
 
     Raises:
@@ -123,7 +124,7 @@ def preprocessing_from_timm(pretrained_cfg: Mapping[str, object]) -> Preprocessi
     )
 
 
-def preprocessing_from_processor(settings: Mapping[str, object]) -> Preprocessing:
+def preprocessing_from_processor(settings: Mapping[str, Any]) -> Preprocessing:
     """Read the settings of a transformers image processor (`processor.to_dict()`).
 
     Understands `size` with `height, width` or `shortest_edge`, `crop_size`, ConvNeXt's `crop_pct`, and MobileViT's
@@ -149,7 +150,7 @@ def preprocessing_from_processor(settings: Mapping[str, object]) -> Preprocessin
     )
 
 
-def _processor_size(settings: Mapping[str, object]) -> tuple[tuple[int, int], int | tuple[int, int]]:
+def _processor_size(settings: Mapping[str, Any]) -> tuple[tuple[int, int], int | tuple[int, int]]:
     size = {name: value for name, value in dict(settings.get("size") or {}).items() if value is not None}
     resize: int | tuple[int, int]
     if "height" in size and "width" in size:

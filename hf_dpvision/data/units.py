@@ -45,7 +45,8 @@ class UnitByUnit(TorchDataset):
         readable = [example for example in read if not isinstance(example, Unreadable)]
         if not readable:
             return Unreadable()
-        rows, weights = [], []
+        rows: list[Any] = []
+        weights: list[float] = []
         for example in read:
             missing = isinstance(example, Unreadable)
             views = _views(readable[0] if missing else example)

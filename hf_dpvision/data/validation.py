@@ -35,13 +35,13 @@ def declared_classes(dataset: Dataset, column: str, declared: Sequence[str] | No
     """
     feature = dataset.features[column]
     known = list(feature.names) if isinstance(feature, ClassLabel) else None
-    if declared is None and known is None:
+    if declared is None:
+        if known is not None:
+            return known
         raise DataRefused(
             f"label column {column!r} is of type {feature} and declares no class names: pass class_names, in order. "
             "They are not inferred: which labels occur is private."
         )
-    if declared is None:
-        return known
     names = [str(name) for name in declared]
     if len(set(names)) != len(names):
         raise DataRefused(f"class_names repeats a name: {names}. Each class needs its own.")

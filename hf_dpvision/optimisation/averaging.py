@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .. import processes, sharding
 from ..errors import ArgumentRefused
+from ..trained import trained_parameters
 
 
 ITERATE = "iterate.safetensors"  # in a checkpoint: where training goes on, while its model file has the average
@@ -96,7 +97,7 @@ class WeightAverage:
         self._weighting, self._model = weighting, model
         self._averages = self._copies() if weighting.counts_start else None
         # of the iterates from their mean, summed over this process's entries of all parameters
-        self._squares = torch.zeros((), device=next(iter(self._parameters().values())).device)
+        self._squares = torch.zeros((), device=next(iter(trained_parameters(self._model).values())).device)
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -108,7 +109,7 @@ class WeightAverage:
             return
         if self._averages is None:
             self._averages = self._copies()
-        for average, value in self._pairs():
+        for average, value in self._pairs(self._averages):
             before = value - average
             average.lerp_(value, weight)
             # Welford 1962; the sum of squared deviations where all weights are alike
@@ -141,10 +142,11 @@ class WeightAverage:
             variance over these iterates. `relative_iterate_std`: root of the sum of these variances, divided by the
             norm of the average.
         """
-        if self.count < 2 or not isinstance(self._weighting, Tail):
+        if self.count < 2 or self._averages is None or not isinstance(self._weighting, Tail):
             return {}
         entries = sum(average.numel() for average in self._averages.values())  # of whole tensors
-        squared_norm = self._over_shards(sum(average.square().sum() for average, _ in self._pairs()))
+        squares = [average.square().sum() for average, _ in self._pairs(self._averages)]
+        squared_norm = self._over_shards(torch.stack(squares).sum())
         variance = max(self._over_shards(self._squares), 0.0) / (self.count - 1)
         return {
             "averaged_steps": self.count,
@@ -162,7 +164,7 @@ class WeightAverage:
         if self._averages is None:
             return
         state = {_KIND: self._weighting.kind, _COUNT: self.count, _SQUARES: self._over_shards(self._squares)}
-        whole = {name: sharding.whole(parameter) for name, parameter in self._parameters().items()}
+        whole = {name: sharding.whole(parameter) for name, parameter in trained_parameters(self._model).items()}
         if writes:
             metadata = {name: json.dumps(value) for name, value in state.items()}
             safetensors.torch.save_file(whole, Path(folder) / ITERATE, metadata=metadata)
@@ -179,7 +181,7 @@ class WeightAverage:
         self._averages = self._copies()
         state = _metadata(path)
         with safetensors.safe_open(path, "pt") as file:
-            for name, parameter in self._parameters().items():
+            for name, parameter in trained_parameters(self._model).items():
                 parameter.copy_(sharding.shard_of(file.get_tensor(name), parameter))
         self.count = state[_COUNT]
         if processes.is_first() or not sharding.is_sharded(self._model):
@@ -190,21 +192,19 @@ class WeightAverage:
         if self._averages is None:
             return
         sharding.free_gathered(self._model)
-        for average, value in self._pairs():
+        for average, value in self._pairs(self._averages):
             iterate = value.clone()
             value.copy_(average)
             average.copy_(iterate)
 
-    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _pairs(self, averages: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """(average, iterate), as far as this process has them."""
-        for name, parameter in self._parameters().items():
-            yield sharding.local_part(self._averages[name]), sharding.local_part(parameter.detach())
+        for name, parameter in trained_parameters(self._model).items():
+            yield sharding.local_part(averages[name]), sharding.local_part(parameter.detach())
 
-    def _parameters(self) -> dict[str, nn.Parameter]:
-        return {name: parameter for name, parameter in self._model.named_parameters() if parameter.requires_grad}
 
     def _copies(self) -> dict[str, Tensor]:
-        return {name: parameter.detach().clone() for name, parameter in self._parameters().items()}
+        return {name: parameter.detach().clone() for name, parameter in trained_parameters(self._model).items()}
 
     def _over_shards(self, sum_here: Tensor) -> float:
         if sharding.is_sharded(self._model):

@@ -47,8 +47,8 @@ def finetune(command_line: Sequence[str], program: Sequence[str], default_config
     if training_args.do_train and not training_args.disable_dp and resume is None:
         training_args.output_dir = str(unused_folder(Path(training_args.output_dir), say))
     set_seed(training_args.seed)  # public: decides the subset and the new head, never the noise or the batches
-    model, prepared = prepare(model_args, data_args, training_args, say)
-    model = with_trained_layers(model, model_args, training_args, prepared.picture)
+    loaded, prepared = prepare(model_args, data_args, training_args, say)
+    model = with_trained_layers(loaded, model_args, training_args, prepared.picture)
     sizes = count_parameters(model)
     tensors = sum(parameter.requires_grad for parameter in model.parameters())
     say(f"Model: {sizes[0]:,} of {sizes[1]:,} parameters are trained, {tensors} tensors.")
@@ -109,6 +109,6 @@ def audited_trainer(folder: str, command_line: Sequence[str]) -> DPTrainer:
     )
     model_args, data_args, training_args = parsed.groups
     set_seed(training_args.seed)
-    model, prepared = prepare(model_args, data_args, training_args, print)
-    model = with_trained_layers(model, model_args, training_args, prepared.picture)
+    loaded, prepared = prepare(model_args, data_args, training_args, print)
+    model = with_trained_layers(loaded, model_args, training_args, prepared.picture)
     return DPTrainer(model=model, args=training_args, **prepared.trainer_parts)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+from collections.abc import Sized
 from datetime import date
 from pathlib import Path
+from typing import cast
 
 from ..config import ParsedArguments, without_folders
 from ..data import ImageData
@@ -55,7 +57,9 @@ def make_record(
     measured = {model: score for model, score in scores.items() if score}
     held_out = 0 if data.held_out is None else len(data.held_out)
     # a stream is counted while it is trained on
-    trained_on = len(trainer.train_dataset) if data.size is None and training_args.do_train else data.size
+    trained_on = data.size
+    if trained_on is None and training_args.do_train:
+        trained_on = len(cast(Sized, trainer.train_dataset))
     hardware, versions = environment()
     column = training_args.privacy_unit_column if bounds else None
     return RecipeRecord(

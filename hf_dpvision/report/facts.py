@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -111,18 +112,19 @@ def facts_of_run(
     public = not statement["evaluation"]["metrics_are_private"]
     shown = [logs for logs in entries if public and not is_marked(logs)]
     evaluations, released = _evaluations(entries), _evaluations(shown)
-    common = {
-        "statement": statement,
-        "spending": tuple(spending),
-        "learning_rates": _logged(history, "learning_rate"),
-        "gradient_norms": _logged(history, "grad_norm"),
-        "settings": settings,
-    }
-    whole = RunFacts(**common, evaluations=evaluations, withheld=False, private=True)
+    facts = partial(
+        RunFacts,
+        statement=statement,
+        spending=tuple(spending),
+        learning_rates=_logged(history, "learning_rate"),
+        gradient_norms=_logged(history, "grad_norm"),
+        settings=settings,
+    )
+    whole = facts(evaluations=evaluations, withheld=False, private=True)
     if not is_protected(statement):
         return None, whole
     withheld = evaluations != released
-    public_part = RunFacts(**common, evaluations=released, withheld=withheld, private=False)
+    public_part = facts(evaluations=released, withheld=withheld, private=False)
     return public_part, whole if withheld else None
 
 

@@ -42,14 +42,14 @@ def multi_head_attention(
         q, k, v = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q, k, v))  # [n, h, t, e/h]
         mask = _additive_mask(q, attn_mask, key_padding_mask, num_heads, n)
         scores = (q * (q.shape[-1] ** -0.5)) @ k.transpose(-2, -1)
-        weights = (scores if mask is None else scores + mask).softmax(-1)
+        attention = (scores if mask is None else scores + mask).softmax(-1)
         if training and dropout_p > 0:
-            weights = F.dropout(weights, dropout_p)
-        out = (weights @ v).transpose(1, 2).reshape(n, target, embed)
+            attention = F.dropout(attention, dropout_p)
+        out = (attention @ v).transpose(1, 2).reshape(n, target, embed)
         out = F.linear(out, out_proj_weight, out_proj_bias).transpose(0, 1)
         if not need_weights:
             return out, None
-        return out, weights.mean(1) if average_attn_weights else weights
+        return out, attention.mean(1) if average_attn_weights else attention
 
 
 def _additive_mask(

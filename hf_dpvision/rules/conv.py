@@ -148,7 +148,7 @@ class ConvUse(torch.autograd.Function):
 class Folded(PerExampleGradient):
     """A form over `n * k` rows, `k` adjacent rows per example, seen as one over `n` examples."""
 
-    def __init__(self, rows: PerExampleGradient, n: int) -> None:
+    def __init__(self, rows: ConvGradient, n: int) -> None:
         self.rows, self.n = rows, n
 
     def _per_row(self, values: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def _as_linear(call: Any, indices: list[str], output: str, tensors: list[Any]) -
         x, weight, of_x, of_weight = weight, x, of_weight, of_x
     if call.theta(weight) is None or len(of_weight) != 2 or len(set(of_x + of_weight)) != len(of_x) + 1:
         return None
-    for summed, kept in (of_weight, of_weight[::-1]):
+    for summed, kept in (tuple(of_weight), tuple(reversed(of_weight))):
         if of_x.endswith(summed) and output == of_x[:-1] + kept:
             with call.intercepted():
                 return F.linear(x, weight if summed == of_weight[1] else weight.t())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -37,22 +37,22 @@ class GenericUse(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         pairs = [(o, c) for o, c in zip(ctx.outputs, cotangents, strict=True) if c is not None and o.requires_grad]
-        outputs, cotangents = [o for o, _ in pairs], [c for _, c in pairs]
+        outputs, given = [o for o, _ in pairs], [c for _, c in pairs]
         if not outputs:
             return None, None, None, None, *(None for _ in ctx.inner)
-        per_example = [[] for _ in ctx.thetas]
+        per_example: list[list[Tensor]] = [[] for _ in ctx.thetas]
         for i in range(ctx.n):
-            own = [_rows_of_example(c, i, ctx.n) for c in cotangents]
+            own = [_rows_of_example(c, i, ctx.n) for c in given]
             grads = torch.autograd.grad(outputs, ctx.thetas, own, retain_graph=True, allow_unused=True)
             for gathered, theta, grad in zip(per_example, ctx.thetas, grads, strict=True):
                 gathered.append(torch.zeros_like(theta) if grad is None else grad)
         for (_, slot), gathered in zip(ctx.slots, per_example, strict=True):
             slot.receive(Instantiated(torch.stack(gathered)))
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[4:]) if needed]
-        found = iter(())
+        found: Iterator[Tensor | None] = iter(())
         if wanted:
             inputs = [ctx.inner[i] for i in wanted]
-            found = iter(torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True, allow_unused=True))
+            found = iter(torch.autograd.grad(outputs, inputs, given, retain_graph=True, allow_unused=True))
         return None, None, None, None, *(next(found) if i in wanted else None for i in range(len(ctx.inner)))
 
 
@@ -75,7 +75,7 @@ def generic(call: Any, *args: Any, **kwargs: Any) -> Any:
     leaves, layout = tree_flatten((args, kwargs))
     positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     tensors = [leaves[i] for i in positions]
-    returned = []  # the nest of what the function returned: its leaves and its layout
+    returned: list[Any] = []  # the nest of what the function returned: its leaves and its layout
 
     def run(inner: list[Tensor]) -> list[Tensor]:
         inner_args, inner_kwargs = tree_unflatten(_filled(leaves, positions, inner), layout)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,7 +87,8 @@ class Geometry:
 
     def at_positions(self, x: Tensor) -> Tensor:
         """`x [n, c, *spatial]` at the positions of a `pointwise` convolution, `[n, c, t]`."""
-        return x[(..., *(slice(None, None, step) for step in self.stride))].flatten(2)
+        places: tuple[Any, ...] = (..., *(slice(None, None, step) for step in self.stride))
+        return x[places].flatten(2)
 
     def as_forward(self, x: Tensor, weight: Tensor) -> bool:
         """Are gradients of single examples best formed by `depthwise_gradients`?

@@ -68,8 +68,8 @@ class LayerNormUse(torch.autograd.Function):
         size = math.prod(ctx.shape)
         large = x.numel() >= ctx.n * _WORTH_A_CALL and x.device.type == "cpu" and x.dtype == wide(x.dtype)
         if large and all(ctx.slots):
-            tensors = (t.detach().unflatten(0, (ctx.n, -1)) for t in (output_grad, x, mean, rstd))
-            _deliver(ctx.slots, *_layer_norm_gradients(*tensors, weight, bias))
+            g, inputs, means, rstds = (t.detach().unflatten(0, (ctx.n, -1)) for t in (output_grad, x, mean, rstd))
+            _deliver(ctx.slots, *_layer_norm_gradients(g, inputs, means, rstds, weight, bias))
             return None, grad, None, None, None, None, None, None
         g = output_grad.reshape(ctx.n, -1, size)
         g = g.to(wide(g.dtype))
@@ -177,8 +177,8 @@ class GroupNorm:
                 output_grad, x, mean, rstd, self.weight, rows, channels, positions, self.groups,
                 [wanted[0], False, False],
             )[0]  # fmt: skip
-            statistics = (s.reshape(rows, -1).repeat_interleave(channels // self.groups, 1) for s in (mean, rstd))
-            return grad, *_scale_and_shift(output_grad, x, *statistics, wanted[1:])
+            mean, rstd = (s.reshape(rows, -1).repeat_interleave(channels // self.groups, 1) for s in (mean, rstd))
+            return grad, *_scale_and_shift(output_grad, x, mean, rstd, wanted[1:])
         # Groups know nothing of one another, so the rows of the batch may as well be more groups of a single row: the
         # sums over rows are then sums over one, and the framework's kernel has them on its way anyway.
         grad, scale, shift = kernel(

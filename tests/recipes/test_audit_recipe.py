@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +9,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from loading import loaded_recipe
 
 from hf_dpvision.audit import Finding, PipelineAudit, StepAudit
 from hf_dpvision.audit.separation import Separation
@@ -22,16 +21,8 @@ BESIDE = {"auditing", "probing", "linear_probe", "finetune_image_classification"
 
 @pytest.fixture(scope="module")
 def recipe() -> Iterator[ModuleType]:
-    """The recipe, with those beside it that it uses."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPT.parent))
-        spec = importlib.util.spec_from_file_location("audit_recipe", SCRIPT)
-        module = importlib.util.module_from_spec(spec)
-        patch.setitem(sys.modules, "audit_recipe", module)
-        spec.loader.exec_module(module)
+    with loaded_recipe("audit") as module:
         yield module
-        for name in [name for name in sys.modules if name.split(".")[0] in BESIDE]:
-            del sys.modules[name]
 
 
 def step(lower: float, upper: float) -> StepAudit:

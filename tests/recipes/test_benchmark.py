@@ -5,30 +5,21 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from loading import loaded_recipe
 from torch import nn
 
 
-SCRIPT = Path(__file__).parents[2] / "recipes" / "benchmark.py"
-
-
 @pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
-    """The recipe with its parts importable, as when it is run as a script."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPT.parent))
-        spec = importlib.util.spec_from_file_location("benchmark", SCRIPT)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+def benchmark() -> Iterator[ModuleType]:
+    with loaded_recipe("benchmark") as module:
         yield module
-        for name in [name for name in sys.modules if name.split(".")[0] == "benchmarking"]:
-            del sys.modules[name]
 
 
 @pytest.fixture(autouse=True)

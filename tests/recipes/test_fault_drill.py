@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
+from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
-
-
-SCRIPT = Path(__file__).parents[2] / "recipes" / "fault_drill.py"
+from loading import loaded_recipe
 
 
 @pytest.fixture
-def drill(monkeypatch) -> ModuleType:
-    """The recipe, importable by name in the processes it starts."""
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    spec = importlib.util.spec_from_file_location("fault_drill", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "fault_drill", module)
-    spec.loader.exec_module(module)
-    return module
+def drill() -> Iterator[ModuleType]:
+    with loaded_recipe("fault_drill") as module:
+        yield module
 
 
 def test_a_short_drill_finds_nothing_forgotten(drill, tmp_path):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from loading import loaded_recipe
 
 
 ROOT = Path(__file__).parents[2]
@@ -16,16 +16,9 @@ SCRIPT = ROOT / "recipes" / "fault_injection.py"
 
 
 @pytest.fixture(scope="module")
-def injection() -> ModuleType:
-    """The recipe with its parts importable, as when it is run as a script."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPT.parent))
-        spec = importlib.util.spec_from_file_location("fault_injection", SCRIPT)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+def injection() -> Iterator[ModuleType]:
+    with loaded_recipe("fault_injection") as module:
         yield module
-        for name in [name for name in sys.modules if name.split(".")[0] == "faults"]:
-            del sys.modules[name]
 
 
 def test_every_fault_is_caught_and_clean_runs_are_quiet(injection: ModuleType, tmp_path: Path) -> None:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from loading import loaded_recipe
 
 from hf_dpvision import cli
 from hf_dpvision.config import parse_arguments
@@ -23,16 +24,9 @@ SCRIPT = Path(__file__).parents[2] / "recipes" / "linear_probe.py"
 
 
 @pytest.fixture(scope="module")
-def recipe() -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPT.parent))
-        spec = importlib.util.spec_from_file_location("linear_probe", SCRIPT)
-        module = importlib.util.module_from_spec(spec)
-        patch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up by name
-        spec.loader.exec_module(module)
+def recipe() -> Iterator[ModuleType]:
+    with loaded_recipe("linear_probe") as module:
         yield module
-        for name in [name for name in sys.modules if name.split(".")[0] == "probing"]:
-            del sys.modules[name]
 
 
 def command(folder: Path, *more: str) -> list[str]:

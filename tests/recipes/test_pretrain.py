@@ -1,14 +1,16 @@
 """The public starting point of the embedded default: its drawn digits, its script, and the committed weights."""
 
 import hashlib
-import importlib.util
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from loading import loaded_recipe
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 
@@ -18,12 +20,9 @@ TRAINING_SCANS = 1437
 
 
 @pytest.fixture(scope="module")
-def pretrain():
-    script = RECIPES / "pretrain_synthetic_digits.py"
-    spec = importlib.util.spec_from_file_location(script.stem, script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def pretrain() -> Iterator[ModuleType]:
+    with loaded_recipe("pretrain_synthetic_digits") as module:
+        yield module
 
 
 def _sha256(path: Path) -> str:

@@ -1,20 +1,15 @@
 """The example that is read top to bottom runs, on fewer steps."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
+from loading import RECIPES, loaded_recipe
 from transformers import AutoModelForImageClassification
 
 
-FILE = Path(__file__).parents[2] / "recipes" / "quickstart.py"
-
-
 def test_quickstart_trains_saves_and_verifies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    spec = importlib.util.spec_from_file_location("quickstart", FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    found = module.main(["--output_dir", str(tmp_path / "out"), "--max_steps", "2"])
+    with loaded_recipe("quickstart") as recipe:
+        found = recipe.main(["--output_dir", str(tmp_path / "out"), "--max_steps", "2"])
     assert 0 < found["epsilon"] <= 2
     assert "the claim is verified" in capsys.readouterr().out
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
@@ -23,4 +18,4 @@ def test_quickstart_trains_saves_and_verifies(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_quickstart_can_be_read_top_to_bottom() -> None:
-    assert len(FILE.read_text().splitlines()) <= 90
+    assert len((RECIPES / "quickstart.py").read_text().splitlines()) <= 90

@@ -1,14 +1,17 @@
-"""The recipe runs end to end on tiny data, says what it must, keeps quiet about the rest, and refuses in time."""
+"""The recipe runs end to end on tiny data, says what it must, keeps quiet about the rest, and refuses in time.
+
+Long, because one recipe with many options makes for many properties of one thing.
+"""
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -17,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from loading import loaded_recipe
 from PIL import Image
 from transformers import (
     AutoImageProcessor,
@@ -38,12 +42,9 @@ SCRIPT = RECIPES / "finetune_image_classification.py"
 
 
 @pytest.fixture(scope="module")
-def recipe() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("finetune_image_classification", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up by name
-    spec.loader.exec_module(module)
-    return module
+def recipe() -> Iterator[ModuleType]:
+    with loaded_recipe("finetune_image_classification") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from loading import loaded_recipe
 
 from hf_dpvision.errors import ArgumentRefused, DataRefused
 
@@ -19,16 +19,9 @@ AROUND = {"hardware": "one processor", "versions": {"torch": "2"}, "date": "2026
 
 
 @pytest.fixture(scope="module")
-def recipe() -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPT.parent))
-        spec = importlib.util.spec_from_file_location("results_page", SCRIPT)
-        module = importlib.util.module_from_spec(spec)
-        patch.setitem(sys.modules, spec.name, module)
-        spec.loader.exec_module(module)
+def recipe() -> Iterator[ModuleType]:
+    with loaded_recipe("results") as module:
         yield module
-        for name in [name for name in sys.modules if name.split(".")[0] == "gathering"]:
-            del sys.modules[name]
 
 
 def fine_tuned(config: str, epsilon: float, seed: int, private: float, plain: float | None = None, **settings) -> dict:

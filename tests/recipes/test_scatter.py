@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -14,6 +14,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from loading import loaded_recipe
 from PIL import Image
 
 from hf_dpvision.accounting import Event, Ledger
@@ -26,16 +27,9 @@ SCRIPT = Path(__file__).parents[2] / "recipes" / "scatter.py"
 
 
 @pytest.fixture(scope="module")
-def recipe() -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPT.parent))
-        spec = importlib.util.spec_from_file_location("scatter", SCRIPT)
-        module = importlib.util.module_from_spec(spec)
-        patch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up by name
-        spec.loader.exec_module(module)
+def recipe() -> Iterator[ModuleType]:
+    with loaded_recipe("scatter") as module:
         yield module
-        for name in [name for name in sys.modules if name.split(".")[0] in ("probing", "scattering")]:
-            del sys.modules[name]
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +171,7 @@ def test_a_run_charges_both_releases_and_leaves_its_record(recipe, tmp_path):
 @pytest.mark.parametrize(
     "more, message",
     [
-        ([], "train_files says"),
+        ([], "exactly one of dataset_name"),
         (["--train_files", "a.parquet", "--image_size", "18"], "multiple of 4"),
         (["--train_files", "a.parquet", "--repeats", "0"], "at least one fit"),
     ],

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-
-
-SCRIPT = Path(__file__).parents[2] / "recipes" / "stream_drill.py"
+from loading import loaded_recipe
 
 
 @pytest.fixture
-def drill(monkeypatch) -> ModuleType:
-    """The recipe, importable by name in the processes it starts."""
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    spec = importlib.util.spec_from_file_location("stream_drill", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "stream_drill", module)
-    spec.loader.exec_module(module)
-    return module
+def drill() -> Iterator[ModuleType]:
+    with loaded_recipe("stream_drill") as module:
+        yield module
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the drill reads memory from /proc: Linux only")

@@ -1,4 +1,7 @@
-"""One row per way in which a batch can meet a parameter: norms and clipped sums equal the slow truth."""
+"""One row per way in which a batch can meet a parameter: norms and clipped sums equal the slow truth.
+
+Long, because it is a table.
+"""
 
 from __future__ import annotations
 

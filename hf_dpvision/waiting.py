@@ -1,4 +1,4 @@
-"""Something to see on a terminal while a command computes."""
+"""Something to see on a terminal while something computes that cannot say how long it will take."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ _TICK = 0.5
 
 
 @contextmanager
-def waiting(what: str | None, patience: float = _PATIENCE) -> Iterator[None]:
+def waiting(what: str, patience: float = _PATIENCE, quiet: bool = False) -> Iterator[None]:
     """Show `what` and the time that has passed on standard error, if the block takes longer than `patience` seconds.
 
-    For commands that do not know how long they will take. Nothing is shown where standard error is no terminal.
+    Nothing is shown where standard error is no terminal.
 
     Args:
-        what: is going on; None for a command that shows progress of its own.
+        what: is going on.
         patience: seconds.
+        quiet: whether nothing is to be shown anyway, because bars were switched off or another process shows it.
     """
-    if what is None or not sys.stderr.isatty():
+    if quiet or not sys.stderr.isatty():
         yield
         return
     ended = threading.Event()

@@ -1,0 +1,1 @@
+"""The parts of `recipes/optimisation.py`: what is compared, and the report."""
