@@ -1,6 +1,7 @@
 """The algorithm as users call it: shapes, empty batches, refusals, and that nothing is left behind."""
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from hf_dpvision import clipped_gradient, clipping, per_example_norms
+from hf_dpvision.capture import capture
 from hf_dpvision.errors import ArgumentRefused, CaptureError, DataRefused, MixingRefused
+from hf_dpvision.rules import rule_for
 
 
 FLAT = clipping.Flat(0.5)
@@ -88,6 +91,49 @@ def test_no_tensor_outlives_the_call(passes):
     for _ in range(3):
         clipped_gradient(model, loss, batch, clipping=FLAT, backward_passes=passes)
     assert alive() <= before
+
+
+class Biased(nn.Module):
+    """Scores of all pairs, biased by a table that is read once per pair, as attention with relative positions is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(7, 2))
+        self.register_buffer("index", torch.arange(64).reshape(8, 8) % 7)
+        self.between: list[weakref.ref] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gathered = self.table[self.index]
+        bias = gathered.permute(2, 0, 1).contiguous()
+        self.between = [weakref.ref(gathered), weakref.ref(bias)]
+        return torch.softmax(x @ x.transpose(-1, -2) + bias, -1) @ x
+
+
+def test_what_lies_between_a_parameter_and_its_use_is_not_kept():
+    model, x = Biased(), torch.randn(3, 2, 8, 4)
+    with capture(model, {"x": x}, 3, rule_for) as forward:
+        losses = model(x).sum((1, 2, 3))
+    assert [reference() for reference in model.between] == [None, None]
+    (slot,) = forward.uses.slots
+    assert slot.theta.sources == {"table"} and slot.theta.tensor.shape == (2, 8, 8)
+    assert slot.theta.tensor.untyped_storage().nbytes() <= losses.element_size()
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_gradients_of_a_table_that_is_read_many_times_are_those_of_the_loop(passes):
+    torch.manual_seed(0)
+    model, x = Biased().double(), torch.randn(3, 2, 8, 4, dtype=torch.float64)
+
+    def scores(model: nn.Module, batch: dict) -> torch.Tensor:
+        return model(batch["x"]).square().sum((1, 2, 3))
+
+    found = clipped_gradient(model, scores, {"x": x}, clipping=FLAT, backward_passes=passes)
+    total = torch.zeros_like(model.table)
+    for i, norm in enumerate(found.norms):
+        (gradient,) = torch.autograd.grad(scores(model, {"x": x[i : i + 1]}).sum(), [model.table])
+        torch.testing.assert_close(gradient.norm(), norm)
+        total += gradient * (FLAT.max_norm / gradient.norm()).clamp(max=1)
+    torch.testing.assert_close(found.gradients["table"], total)
 
 
 def test_unused_parameter_gets_a_zero_sum():
@@ -211,9 +257,6 @@ def test_batch_statistics_are_refused_even_with_frozen_affine():
 
 
 def test_backward_by_hand_on_captured_losses_is_refused():
-    from hf_dpvision.capture import capture
-    from hf_dpvision.rules import rule_for
-
     model, batch = small_net(), batch_of(2)
     with capture(model, batch, 2, rule_for) as forward:
         losses = loss(model, batch)

@@ -75,13 +75,18 @@ def elementwise(call: Any, *args: Any, **kwargs: Any) -> Any:
     if not leading:
         return generic(call, *args, **kwargs)
     rows = max(call.check_rows(t) for t in leading)
+    own = {key: _expanded(call, value, rows, ndim) for key, value in kwargs.items()}
+    return call.function(*_expanded(call, args, rows, ndim), **own)
 
-    def replaced(nest: Any) -> Any:
-        if isinstance(nest, (list, tuple)):
-            return type(nest)(replaced(item) for item in nest)
-        return nest if call.theta(nest) is None else per_example_view(call, nest, rows, ndim)
 
-    return call.function(*replaced(args), **{key: replaced(value) for key, value in kwargs.items()})
+def _expanded(call: Any, nest: Any, rows: int, ndim: int) -> Any:
+    """A nest of operands, the trainable ones as per-example views.
+
+    Not a closure that calls itself: its cycle of references would keep all operands until the next garbage collection.
+    """
+    if isinstance(nest, (list, tuple)):
+        return type(nest)(_expanded(call, item, rows, ndim) for item in nest)
+    return nest if call.theta(nest) is None else per_example_view(call, nest, rows, ndim)
 
 
 def joined(call: Any, tensors: Any, dim: int = 0, **kwargs: Any) -> Tensor:
