@@ -101,7 +101,7 @@ def tested(python: Path, report: Path, workers: int, folder: Path = ROOT) -> dic
     """How many tests of the suite in `folder` passed, failed and were skipped."""
     report.unlink(missing_ok=True)
     command = [str(python), "-m", "pytest", "-q", "-n", str(workers), f"--ignore={LEFT_OUT}"]
-    subprocess.run([*command, f"--junitxml={report.absolute()}"], cwd=folder, check=False)  # the report has failures
+    subprocess.run([*command, f"--junitxml={report.absolute()}"], cwd=folder, check=False)
     suites = ElementTree.parse(report).getroot().findall("testsuite")
     counts = {key: sum(int(suite.get(key)) for suite in suites) for key in ("tests", "failures", "errors", "skipped")}
     failed = counts["failures"] + counts["errors"]
