@@ -116,7 +116,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--latest", action="store_true", help="install without pins, and write the pins anew")
     parser.add_argument("--folder", type=Path, default=Path("outputs/versions"), help="of the environments")
     parser.add_argument("--workers", type=int, default=2, help="test processes")
-    parser.add_argument("--keep", action="store_true", help="leave the environments behind, and use those that are there")
+    parser.add_argument("--keep", action="store_true", help="use environments that are there, and leave them behind")
     parser.add_argument("--report-only", action="store_true", help="test nothing, write the tables")
     args = parser.parse_args(argv)
     if unknown := set(args.sets) - set(SETS):
