@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import tomllib
 from pathlib import Path
@@ -24,7 +23,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 INSTALLED = [PROJECT["dependencies"], *(lines for name, lines in EXTRAS.items() if name not in ("test", "dev"))]
 BOUNDS = {one.name: one.specifier for lines in INSTALLED for one in map(Requirement, lines)}
 PINS = {name: versions.pinned(name) for name in versions.SETS}
-RECORDS = {name: json.loads((versions.FOLDER / f"{name}.json").read_text()) for name in versions.SETS}
+RECORDS = {name: versions.record(name) for name in versions.SETS}
 
 
 def test_the_oldest_pins_are_the_floors_of_every_dependency():
@@ -46,11 +45,15 @@ def test_transformers_is_bounded_at_the_minor_release_behind_the_newest_tested()
 @pytest.mark.parametrize("name", versions.SETS)
 def test_the_record_is_of_the_pinned_versions_and_nothing_failed(name):
     record = RECORDS[name]
+    if record["date"] == versions.NOT_RUN:
+        pytest.skip("not run, and the tables say so")
     assert {one: version for one, version in record["versions"].items() if one != "python"} == PINS[name]
     assert record["failed"] == 0 and record["passed"] > 1000
 
 
 def test_the_python_tested_is_the_oldest_allowed():
+    if RECORDS["oldest"]["date"] == versions.NOT_RUN:
+        pytest.skip("not run, and the table says so")
     python = Version(RECORDS["oldest"]["versions"]["python"])
     assert PROJECT["requires-python"] == f">={python.major}.{python.minor}"
 
