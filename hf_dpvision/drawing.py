@@ -59,9 +59,8 @@ def row_source_of(dataset: Any) -> RowSource:
     return dataset.row_source if isinstance(dataset, StreamedExamples) else RowSource.INDEXED
 
 
-def indices_of(draws: Draws, args: DPTrainingArguments, plan: Plan, resumed_at: int = 0) -> LogicalBatchIndices:
-    """Return this process's share of each step, epoch by epoch; `resumed_at` steps are behind the weights."""
+def indices_of(draws: Draws, args: DPTrainingArguments, plan: Plan) -> LogicalBatchIndices:
+    """Return this process's share of each step, epoch by epoch."""
     return LogicalBatchIndices(
-        draws, plan.steps_per_epoch, args.process_index, args.world_size, plan.first_draw,
-        epoch=resumed_at // plan.steps_per_epoch,
-    )  # fmt: skip
+        draws, plan.steps_per_epoch, args.process_index, args.world_size, plan.first_draw
+    )

@@ -136,19 +136,16 @@ class LogicalBatchIndices:
 
     The step number handed to `draws` is `first + epoch * steps_per_epoch + position`, so that no draw is used twice
     and skipping batches after a resume skips their draws. `first` counts the steps charged beyond those behind the
-    weights: earlier calls of `train()`, and steps lost to a crash. `epoch` is that of a resumed run: before
-    transformers 5.18, `Trainer` calls no `set_epoch` for the one that it enters in the middle.
+    weights: earlier calls of `train()`, and steps lost to a crash.
     """
 
-    def __init__(
-        self, draws: Draws, steps_per_epoch: int, rank: int, world_size: int, first: int = 0, epoch: int = 0
-    ) -> None:
+    def __init__(self, draws: Draws, steps_per_epoch: int, rank: int, world_size: int, first: int = 0) -> None:
         self._draws = draws
         self._steps_per_epoch = steps_per_epoch
         self._rank = rank
         self._world_size = world_size
         self._first = first
-        self._epoch = epoch
+        self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose whose steps the next iteration yields."""

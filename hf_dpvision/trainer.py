@@ -123,7 +123,6 @@ class DPTrainer(SearchingTrainer, OptimisingTrainer):
         self.add_callback(self._termination)
         self._mechanism: Mechanism | None = None
         self._layout: Layout | None = None
-        self._resumed_at = 0
         self._draws: Draws | None = None
         self._stream: MicrobatchStream | None = None
         self._units: Units | None = None
@@ -186,7 +185,6 @@ class DPTrainer(SearchingTrainer, OptimisingTrainer):
         )
         point = find_resume_point(resume_from_checkpoint, self.args.output_dir) if resume_from_checkpoint else None
         folder = None if point is None or point.folder is None else str(point.folder)
-        self._resumed_at = 0 if point is None else point.step
         started = self._run.started(
             self.args, dataset_size, self.model, point, row_source_of(self.train_dataset)
         )
@@ -236,7 +234,7 @@ class DPTrainer(SearchingTrainer, OptimisingTrainer):
             None if mark is None else mark.run_id, self._termination.obey,
         )  # fmt: skip
         self._stream = MicrobatchStream(self._example_loader, self._examples_at_once)
-        return LogicalBatchLoader(indices_of(self._draws, self.args, plan, self._resumed_at), plan.dataset_size)
+        return LogicalBatchLoader(indices_of(self._draws, self.args, plan), plan.dataset_size)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Sequence[int]], num_batches: int, device: torch.device

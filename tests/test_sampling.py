@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from accelerate import skip_first_batches
 from scipy import stats
 from torch.utils.data import DataLoader
 
@@ -145,12 +144,6 @@ def test_no_step_is_used_twice_over_epochs():
         drawn += list(loader)
     assert drawn == [sampler.draw(step).tolist() for step in range(12)]
     assert len(loader) == 4 and len(loader.dataset) == 50
-
-
-def test_an_epoch_that_is_entered_in_the_middle_goes_on_with_its_own_steps():
-    sampler = PoissonSampler(KEY, 50, 0.3)
-    loader = LogicalBatchLoader(LogicalBatchIndices(sampler, 4, 0, 1, epoch=2), 50)
-    assert list(skip_first_batches(loader, 3)) == [sampler.draw(11).tolist()]
 
 
 @pytest.mark.parametrize("size", [1, 4, 100])
