@@ -24,10 +24,13 @@ faults:  ## break the mechanism in every known way and see whether the checks no
 audit:  ## canaries, rounding, speed of noise: five minutes; writes recipes/audit.md
 	$(PYTHON) recipes/audit.py
 
+matrix:  ## everything with the oldest and the newest versions, each in an environment of its own: an hour on two cores
+	$(PYTHON) recipes/versions.py
+
 bench:  ## time and memory beside ordinary training (extra `dev`), on an idle machine; writes recipes/benchmark.md
 	$(PYTHON) recipes/benchmark.py --suite cpu --threads 1
 
 api:  ## write tests/public_api.json anew, after a change of the public surface that is meant
 	$(PYTHON) tests/public_api.py > tests/public_api.json
 
-.PHONY: help install check test smoke faults audit bench api
+.PHONY: help install check test smoke faults audit matrix bench api

@@ -12,6 +12,11 @@ from transformers.trainer_utils import unwrap_peft_model
 from .errors import ArgumentRefused, ModelRefused
 
 
+# the old name is that up to transformers 5.22; later ones warn of it
+_NEW, _OLD = "activation_checkpointing_enable", "gradient_checkpointing_enable"
+_ENABLE = _NEW if _NEW in vars(PreTrainedModel) else _OLD
+
+
 def checkpoint_activations(model: nn.Module, options: Mapping[str, Any] | str | None) -> None:
     """Let blocks of a transformers or timm model run again in the backward pass instead of keeping activations.
 
@@ -42,4 +47,4 @@ def checkpoint_activations(model: nn.Module, options: Mapping[str, Any] | str | 
             "backward_passes=2 or a smaller per_device_train_batch_size need less memory too."
         )
     every = chosen.pop("every_n_layers", 1)
-    inner.activation_checkpointing_enable(activation_checkpointing_kwargs=chosen, every_n_layers=every)
+    getattr(inner, _ENABLE)(chosen, every_n_layers=every)

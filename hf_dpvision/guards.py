@@ -91,6 +91,19 @@ def refuse_model(model: nn.Module) -> None:
     _refuse_running_statistics(model)
 
 
+def refuse_reducing(model: nn.Module) -> None:
+    """Raise if the model was wrapped between `_wrap_model` and the first step, by accelerate before 1.14 for example.
+
+    Raises:
+        ModelRefused: gradients would cross processes before single examples are clipped.
+    """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ModelRefused(
+            "accelerate has wrapped the model in DistributedDataParallel although it was prepared without: gradients "
+            "would be reduced before single examples can be clipped. Install accelerate 1.15 or newer."
+        )
+
+
 def refuse_clipping(model: nn.Module, args: DPTrainingArguments) -> None:
     """Raise if the groups of parameters that are to be clipped leave one out.
 

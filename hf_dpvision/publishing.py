@@ -10,9 +10,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd
+from huggingface_hub import CommitInfo, CommitOperationAdd, create_commit, run_as_future
 from transformers.trainer_utils import HubStrategy
-from transformers.utils.hub import PushInProgress, hf_api
+from transformers.utils.hub import PushInProgress
 
 from .accounting.journal import FILE, FOLDER
 from .model_card import CARD_NAME
@@ -59,7 +59,9 @@ class PublishingTrainer(StatingTrainer):
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
+            if private is not None:
+                self.args.hub_private_repo = private  # what every version of init_hf_repo reads
+            self.init_hf_repo(token=token)
         self.save_model(_internal_call=True)
         staging = self._staging() if self.is_world_process_zero() else None
         # afresh: output_dir may hold weights of another run; by every process, since each may hold a part of them
@@ -114,7 +116,7 @@ class PublishingTrainer(StatingTrainer):
         report = RELEASED_FILES if self.report_is_current else ()
         for name in (CARD_NAME, *ledger, *terms, *report):
             _copy(name, output, staging.name)
-        return hf_api().run_as_future(_commit, staging, self.hub_model_id, message or "Upload", token, revision)
+        return run_as_future(_commit, staging, self.hub_model_id, message or "Upload", token, revision)
 
     def _name_what_stays(self) -> None:
         """Name unexpected files: a push after a week must not fail because of notes, and must not take them along."""
@@ -138,7 +140,7 @@ def _commit(
 ) -> CommitInfo:
     with staging as folder:
         operations = [CommitOperationAdd(name, Path(folder, name)) for name in released_files(Path(folder))]
-        return hf_api().create_commit(repo_id, operations, commit_message=message, token=token, revision=revision)
+        return create_commit(repo_id, operations, commit_message=message, token=token, revision=revision)
 
 
 def _tell_of_failure(job: Future[CommitInfo]) -> None:

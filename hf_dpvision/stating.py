@@ -62,6 +62,7 @@ class StatingTrainer(Trainer):
     _run: PrivacyRun  # set by the trainer that trains
     _report: RunReport  # likewise
     _draft: Draft | None = None  # while a checkpoint is being written
+    _whole: dict[str, Tensor] | None = None  # while a sharded model is saved, its weights
     _stated: dict[str, Any] | None = None  # once adapters are merged, what was true of them
     _spread: Mapping[str, float] = MappingProxyType({})  # of the iterates whose average the model's weights are
 
@@ -157,10 +158,18 @@ class StatingTrainer(Trainer):
         output = super()._finalize_training(trial, num_train_samples, start_time)
         return TrainOutput(output.global_step, math.nan, output.metrics)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the weights and the statement; a sharded model is gathered by all processes first."""
+        self._whole = sharding.full_weights(self.model)  # before transformers 5.23, only the writer comes to _save
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            self._whole = None
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:
             write_statement(output_dir or self.args.output_dir, self.privacy_statement())
-        super()._save(output_dir, sharding.full_weights(self.model) if state_dict is None else state_dict)
+        super()._save(output_dir, self._whole if state_dict is None else state_dict)
 
     @property
     def _plain_optimizer(self) -> torch.optim.Optimizer:

@@ -221,7 +221,9 @@ class DPTrainer(SearchingTrainer, OptimisingTrainer):
             )
         with self._rehearsal.placing(self.model):
             self._layout.place(self.model)  # before the optimizer is made for its parameters
-        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        guards.refuse_reducing(prepared[0])
+        return prepared
 
     # The data
 

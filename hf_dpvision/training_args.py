@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from .checkpointing_arguments import CheckpointingArguments
 from .clipping_arguments import CLIPPINGS, SHARES, STYLES, ClippingArguments
 from .errors import ArgumentRefused
 from .numeric import is_count, is_number
@@ -31,7 +32,8 @@ _AUTO = "auto"
 
 @dataclass
 class DPTrainingArguments(
-    ClippingArguments, UnitArguments, StreamArguments, OptimisationArguments, ReportArguments, TrainingArguments
+    ClippingArguments, UnitArguments, StreamArguments, OptimisationArguments, ReportArguments, CheckpointingArguments,
+    TrainingArguments,
 ):
     """Arguments of `DPTrainer`: those of `TrainingArguments`, and the following.
 
@@ -188,7 +190,9 @@ class DPTrainingArguments(
         self.auto_find_batch_size = False
         if self.per_device_train_batch_size == _AUTO:
             self.per_device_train_batch_size = type(self).per_device_train_batch_size
+        self.join_checkpointing_names()
         super().__post_init__()
+        self.settle_checkpointing()
         # torch would pin nothing, and warn at every loader
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         # accelerate's FSDP averages gradients and knows no CPU; the shards are made by torch's FSDP2 directly

@@ -45,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
         wanted = list(queue(args.names or all_names(), *args.shard))
         _run(wanted, args.results, Limits(args.seconds, int(args.gibibytes * 2**30)), args.again)
     results = list(stored(args.results))
+    if not results and not args.no_report:
+        raise SystemExit(f"There is no result for {versions()}; those in zoo.json are left as they are.")
     if not args.no_report:
         write(results, all_names(), HERE, HERE.parent / "README.md")
     return results

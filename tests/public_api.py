@@ -21,7 +21,7 @@ from typing import Any
 if __name__ == "__main__":  # run from anywhere in this checkout
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 import hf_dpvision
 from hf_dpvision import DPTrainer, DPTrainingArguments, errors
@@ -67,10 +67,11 @@ def bases(error: type) -> list[str]:
 
 
 def arguments() -> dict[str, str]:
-    """Arguments that TrainingArguments has not, or that have another default there."""
-    before = {field.name: default(field) for field in dataclasses.fields(TrainingArguments)}
-    ours = {field.name: default(field) for field in dataclasses.fields(DPTrainingArguments)}
-    return {name: value for name, value in sorted(ours.items()) if before.get(name) != value}
+    """Arguments that are declared here, also where TrainingArguments of some version has them; with their defaults."""
+    ours = [cls for cls in DPTrainingArguments.__mro__ if cls.__module__.startswith("hf_dpvision.")]
+    declared = {name for cls in ours for name in vars(cls).get("__annotations__", {})}
+    fields = sorted(dataclasses.fields(DPTrainingArguments), key=lambda field: field.name)
+    return {field.name: default(field) for field in fields if field.name in declared}
 
 
 def default(field: Any) -> str:

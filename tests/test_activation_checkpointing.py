@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
-from trainer_cases import Linear, tiny_vit, trainer, weights
+from trainer_cases import Linear, arguments, tiny_vit, trainer, weights
 
 from hf_dpvision.errors import ArgumentRefused, ModelRefused
 
@@ -28,11 +30,22 @@ def test_it_makes_two_backward_passes_the_default(tmp_path, changes, passes):
     assert trainer(tmp_path, backward_passes=1, **changes).args.backward_passes == 1
 
 
+@pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing"])
+@pytest.mark.parametrize("options", [{"every_n_layers": 2}, '{"every_n_layers": 2}'])
+def test_both_names_and_json_say_the_same(tmp_path, name, options):
+    args = arguments(tmp_path, **{name: True, f"{name}_kwargs": options})
+    assert args.activation_checkpointing is True and args.gradient_checkpointing is True
+    expected = {"use_reentrant": False, "every_n_layers": 2}
+    assert args.activation_checkpointing_kwargs == args.gradient_checkpointing_kwargs == expected
+    assert dataclasses.replace(args, activation_checkpointing=False).gradient_checkpointing is False
+    assert arguments(tmp_path).activation_checkpointing is False
+
+
 def test_the_self_check_runs_the_blocks_again(tmp_path, monkeypatch):
     checked = []
 
     def notes_the_model(model, *args, **kwargs):
-        checked.append(model.is_activation_checkpointing)
+        checked.append(any(vars(module).get("gradient_checkpointing") for module in model.modules()))
 
     monkeypatch.setattr("hf_dpvision.rehearsal.self_check", notes_the_model)
     trainer(tmp_path, tiny_vit(), self_check=True, activation_checkpointing=True).train()

@@ -196,6 +196,16 @@ def test_a_delta_that_allows_publishing_one_example_is_refused(tmp_path):
     assert guards.refuse_dataset(Images(64), arguments(tmp_path, target_delta=0.05, disable_dp=True)) == 64
 
 
+def test_a_model_that_was_wrapped_after_all_is_refused_with_nothing_charged(tmp_path, monkeypatch):
+    run = trainer(tmp_path)
+    wrapped = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)  # needs no processes so
+    prepared = run.accelerator.prepare_optimizer
+    monkeypatch.setattr(run.accelerator, "prepare", lambda model, optimizer: (wrapped, prepared(optimizer)))
+    with pytest.raises(ModelRefused, match="wrapped.*accelerate 1.15"):
+        run.train()
+    assert run.epsilon().upper == 0
+
+
 def test_early_stopping_on_private_data_is_refused(tmp_path):
     with pytest.raises(ArgumentRefused, match="EarlyStoppingCallback"):
         trainer(tmp_path, Linear(), callbacks=[EarlyStoppingCallback(1)])

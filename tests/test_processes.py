@@ -255,7 +255,8 @@ def test_only_the_first_process_prints_and_writes(torchrun):
         (log,) = (torchrun / "logs").glob(f"**/{rank}/{stream}.log")
         return log.read_text()
 
-    assert output(0, "stdout").count("What this run will claim") == 25 and output(1, "stdout") == ""
+    assert output(0, "stdout").count("What this run will claim") == 25
+    assert [line for line in output(1, "stdout").splitlines() if not line.startswith("[Gloo] ")] == []  # gloo's own
     assert "claim" not in output(1, "stderr") and "train_runtime" not in output(1, "stderr")
     for family in MODELS:
         written = {rank: torchrun / family / f"files{rank}" for rank in (0, 1)}

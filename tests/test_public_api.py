@@ -1,8 +1,6 @@
 """The public surface changes only on purpose."""
 
 import json
-import re
-import tomllib
 from pathlib import Path
 
 from public_api import current
@@ -38,15 +36,3 @@ def test_a_changed_default_would_be_seen():
     assert surface["DPTrainer"]["epsilon"].endswith(", new")
     assert "--delta" in surface["commands"]["epsilon"]
     assert "ValueError" in surface["errors"]["RefusedError"]
-
-
-def test_the_version_matrix_begins_where_pyproject_does():
-    text = (COMMITTED.parents[1] / "CONTRIBUTING.md").read_text()
-    rows = re.findall(r"^\| (python|torch|transformers|timm) \| ([\d.]+) \| ([\d.]+) \|$", text, re.M)
-    project = tomllib.loads((COMMITTED.parents[1] / "pyproject.toml").read_text())["project"]
-    floors = {"python": project["requires-python"].removeprefix(">=")}
-    for requirement in project["dependencies"]:
-        name, floor = re.match(r"([\w-]+)>=([\d.]+)", requirement).groups()
-        floors[name] = floor
-    assert [row[0] for row in rows] == ["python", "torch", "transformers", "timm"]
-    assert {name: oldest for name, oldest, _ in rows} == {name: floors[name] for name, _, _ in rows}

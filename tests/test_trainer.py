@@ -486,7 +486,8 @@ def test_overridden_methods_still_exist_upstream():
         if not callable(method) or overridden is None or name in ("__init__", "hyperparameter_search"):
             continue
         ours, theirs = inspect.signature(method).parameters, inspect.signature(overridden).parameters
-        assert list(ours) == list(theirs), name
+        later = {"private"} - set(theirs)  # of push_to_hub, from transformers 5.23 on
+        assert [one for one in ours if one not in later] == list(theirs), name
     required = {
         "get_train_dataloader", "get_batch_samples", "training_step", "compute_loss", "_wrap_model", "_save",
         "_prepare_for_training", "_load_from_checkpoint", "_load_best_model", "_save_checkpoint", "_clip_grad_norm",

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
 from hf_dpvision import clipped_gradient, clipping
+from hf_dpvision.activation_checkpointing import checkpoint_activations
 from hf_dpvision.errors import CaptureError
 from hf_dpvision.fitting import peak_bytes
 
@@ -22,7 +23,7 @@ SUPPORTED = [case for case in CASES if case.name not in WITHOUT | NESTED]
 def switched_on(model: nn.Module) -> nn.Module:
     """The model with activation checkpointing, by the method of its library."""
     if isinstance(model, PreTrainedModel):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model, None)
     else:
         offering = next(module for module in model.modules() if hasattr(module, "set_grad_checkpointing"))
         offering.set_grad_checkpointing()
