@@ -25,8 +25,8 @@ class CheckpointingArguments:
     )
 
     if TYPE_CHECKING:  # fields of TrainingArguments
-        gradient_checkpointing: bool
-        gradient_checkpointing_kwargs: Any
+        gradient_checkpointing: bool = False
+        gradient_checkpointing_kwargs: Any = None
 
     def join_checkpointing_names(self) -> None:
         """Let both names say the same, the new one if both were given, before `TrainingArguments` reads either."""
