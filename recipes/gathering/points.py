@@ -14,7 +14,10 @@ from typing import Any
 from hf_dpvision.errors import ArgumentRefused
 
 
-TRAINED = {"all": "all parameters", "head": "the head", "bias": "biases and head (BiTFiT)", "norm": "norms and head"}
+TRAINED = {
+    "all": "all parameters", "head": "the head", "bias": "biases and head (BiTFiT)", "norm": "norms and head",
+    "lora": "low-rank adapters and head (LoRA)",
+}  # fmt: skip
 MAY_DIFFER = {  # between runs that are averaged: what does not change how a model is trained
     "seed", "output_dir", "target_epsilon", "disable_dp", "compare_non_private", "non_private_learning_rate",
     "results_table", "results_summary", "results_record", "learning_rate",
@@ -110,7 +113,7 @@ def _of_recipe(record: Mapping[str, Any]) -> Iterator[Point]:
             config=record["recipe"],
             model=record["model"],
             data=_in_words(record["data"]),
-            method=TRAINED[trained],
+            method=f"the last {trained[5:]} blocks" if trained.startswith("last-") else TRAINED[trained],
             target=settings["target_epsilon"] if private else math.inf,
             upper=record["epsilon"] if private else math.inf,
             delta=record["delta"] if private else None,

@@ -123,6 +123,12 @@ def test_a_file_without_the_marks_is_refused(recipe, tmp_path):
         recipe.main(["--page", str(tmp_path / "page.md"), "--summary", str(tmp_path / "a.md")])
 
 
+@pytest.mark.parametrize(("trained", "words"), [("lora", "adapters"), ("last-2", "the last 2 blocks"), ("all", "all")])
+def test_every_way_to_train_has_its_words(recipe, tmp_path, trained, words):
+    record = fine_tuned("a", 8, 0, 0.9) | {"trained": f"{trained}, 10 of 20 parameters"}
+    assert words in rows_of(page_of(recipe, tmp_path, record), "held-out")[0][2]
+
+
 def test_a_mean_that_falls_short_misses_its_aim(recipe, tmp_path):
     page = page_of(
         recipe, tmp_path,
