@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_dpvision.collector import Collector
+from hf_dpvision.collector import Collector, Summer
 from hf_dpvision.rules import RULES
 from hf_dpvision.rules.affine import Affine
 from hf_dpvision.rules.conv import ConvGradient
@@ -112,6 +112,15 @@ def channels_before_examples(parts: Parts) -> Parts:
     return parts.with_patch(Geometry, "depthwise_gradients", misread)
 
 
+def table_unclipped(parts: Parts) -> Parts:
+    """Inject: what was taken back to a table when its norm was, is summed without factors."""
+
+    def whole(summer: Summer, name: str, gradient: PerExampleGradient) -> None:
+        summer._add(name, gradient.weighted_sum(None))
+
+    return parts.with_patch(Summer, "receive_pulled_back", whole)
+
+
 class LastUse:
     """Of several uses of one tensor only the last one's activation was kept: the others deliver nothing."""
 
@@ -182,6 +191,8 @@ FAULTS = (
           unsummed_bias, "FL: true sensitivity up to sqrt(T) C"),
     Fault("depthwise-channels-first", "gradients of a large depthwise kernel: examples and channels exchanged",
           "sum-instantiated", channels_before_examples),
+    Fault("table-sum-unclipped", "gradients of a table that is read many times are summed as they are",
+          "sum-every-parameter", table_unclipped),
     Fault("sum-transposed", "a convolution's sum is read transposed", "sum-instantiated",
           rules({F.conv2d: transposed}), "PV"),
     Fault("gradient-mutated", "a linear layer scales its output gradient in place", "sum-every-parameter",

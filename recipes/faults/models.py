@@ -26,6 +26,9 @@ class Wide(nn.Module):
         return self.head(torch.tanh(self.first(pixel_values.flatten(1))))
 
 
+READ = [0, 1, 2, 0, 1]  # rows of a table of relative positions, some of them for several places
+
+
 class Everything(nn.Module):
     """One layer of each kind that private training is known to get wrong; inputs of any size reach the output.
 
@@ -40,7 +43,7 @@ class Everything(nn.Module):
         self.grouped = nn.Conv2d(4, 4, 3, stride=2, groups=2)
         self.channel_norm = nn.GroupNorm(2, 4)
         self.token = nn.Parameter(torch.randn(1, 1, 4))
-        self.table = nn.Parameter(torch.randn(1, 5, 4))
+        self.table = nn.Parameter(torch.randn(1, 3, 4))
         self.token_norm = nn.LayerNorm(4)
         self.mixing = nn.Linear(4, 4)
         self.shared = nn.Linear(4, 4)
@@ -50,7 +53,7 @@ class Everything(nn.Module):
         x = self.stem(pixel_values.to(memory_format=torch.channels_last))
         x = self.grouped(x + self.depthwise(x))
         x = (x + self.channel_norm(x)).flatten(2).transpose(1, 2)
-        x = torch.cat((self.token.expand(len(x), -1, -1), x), 1) + self.table
+        x = torch.cat((self.token.expand(len(x), -1, -1), x), 1) + self.table[:, READ]
         y = self.mixing(F.gelu(self.token_norm(x)))
         y = self.shared(F.gelu(self.shared(y)))
         return self.head((x + y).mean(1))
