@@ -432,6 +432,7 @@ def test_every_argument_of_ours_is_searched_over_or_there_is_a_reason_against_it
         "change nothing in the result": {
             "norm_rule", "backward_passes", "memory_bound", "self_check", "dataloader_timeout", "full_determinism",
             "per_device_train_batch_size", "auto_find_batch_size", "average_tokens_across_devices",
+            "activation_checkpointing", "activation_checkpointing_kwargs",  # ours where transformers lacks the name
         },
         "say what is read, or where things are written": {
             "train_data_name", "train_dataset_size", "stream_sampling", "stream_window_steps", "stream_dir",
