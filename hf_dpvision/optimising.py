@@ -30,7 +30,6 @@ class OptimisingTrainer(PublishingTrainer):
 
     _average: WeightAverage | None = None
 
-
     def train(
         self,
         resume_from_checkpoint: str | None = None,
